@@ -1,0 +1,192 @@
+"""The results that the public verbs return: frozen dataclasses with tensors inside, checked when they are made.
+
+Letters: ``B`` images, ``R`` regions, ``P`` prompts, ``h, w`` patch grid, ``H, W`` pixels, ``D`` dim, ``T`` frames.
+Results convert outwards (``to_numpy``, ``to_json``, ``save``), never inwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from opsin.errors import InputError
+
+if TYPE_CHECKING:  # `import opsin` must not import torch
+    import numpy as np
+    from torch import Tensor
+
+    from opsin.geometry import ImageTransform, RunLengthMask, Size
+
+
+def _require(ok: bool, rule: str, got: object) -> None:
+    if not ok:
+        raise InputError(rule, got=got)
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """What a frozen backbone says about one image.
+
+    ``features (D, h, w)``, ``class_token (D,)`` and ``register_tokens (K, D)`` where the backbone has them, ``transform``
+    from original pixels to the canvas that the grid covers, ``model`` the name of the backbone.
+    """
+
+    features: Tensor
+    transform: ImageTransform
+    model: str
+    class_token: Tensor | None = None
+    register_tokens: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.features.ndim == 3, "FeatureMap.features has shape (D, h, w)", tuple(self.features.shape))
+
+    @property
+    def dim(self) -> int:
+        """``D``."""
+        return int(self.features.shape[0])
+
+    @property
+    def grid(self) -> Size:
+        """``(h, w)``."""
+        return int(self.features.shape[1]), int(self.features.shape[2])
+
+
+@dataclass(frozen=True, eq=False)
+class RegionTokens:
+    """The regions of ``B`` images as one table of ``R`` rows.
+
+    ``tokens (R, D)`` unnormalised; ``points (R, 2)`` a representative prompt, original pixels; ``boxes (R, 4)``;
+    ``counts (R,)`` prompts merged into each region; ``image_index (R,)`` the image of each row, ascending;
+    ``sizes`` the ``(H, W)`` of every image; ``masks`` a run-length mask per row, or None when they were not asked for;
+    ``model`` the name of what made them: tokens of different models do not compare. Zero regions is a legal result.
+    """
+
+    tokens: Tensor
+    points: Tensor
+    boxes: Tensor
+    counts: Tensor
+    image_index: Tensor
+    sizes: tuple[Size, ...]
+    model: str
+    masks: tuple[RunLengthMask, ...] | None = None
+
+    def __post_init__(self) -> None:
+        rows = self.tokens.shape[0]
+        _require(self.tokens.ndim == 2, "RegionTokens.tokens has shape (R, D)", tuple(self.tokens.shape))
+        for name, width in (("points", 2), ("boxes", 4)):
+            shape = tuple(getattr(self, name).shape)
+            _require(shape == (rows, width), f"RegionTokens.{name} has shape ({rows}, {width})", shape)
+        for name in ("counts", "image_index"):
+            shape = tuple(getattr(self, name).shape)
+            _require(shape == (rows,), f"RegionTokens.{name} has shape ({rows},)", shape)
+        _require(self.masks is None or len(self.masks) == rows, f"RegionTokens.masks has {rows} entries", self.masks)
+
+    def __len__(self) -> int:
+        """Number of regions ``R``."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def dim(self) -> int:
+        """Width ``D`` of a token."""
+        return int(self.tokens.shape[1])
+
+    def select(self, rows: Tensor) -> RegionTokens:
+        """The rows that an index or boolean tensor ``rows`` names, in that order."""
+        picked = rows.nonzero()[:, 0] if rows.dtype.is_floating_point is False and str(rows.dtype) == "torch.bool" else rows
+        masks = None if self.masks is None else tuple(self.masks[i] for i in picked.tolist())
+        table = {name: getattr(self, name)[picked] for name in ("tokens", "points", "boxes", "counts", "image_index")}
+        return replace(self, masks=masks, **table)
+
+    def image(self, index: int) -> RegionTokens:
+        """The regions of one image, as a table of that image alone."""
+        rows = self.select(self.image_index == index)
+        return replace(rows, image_index=rows.image_index * 0, sizes=(self.sizes[index],))
+
+    def images(self) -> Iterator[RegionTokens]:
+        """One table per image."""
+        return (self.image(i) for i in range(len(self.sizes)))
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """Plain arrays; masks as ``(R, H, W)`` booleans when there are masks and one image size."""
+        table = {n: getattr(self, n).detach().float().cpu().numpy() for n in ("tokens", "points", "boxes")}
+        table |= {n: getattr(self, n).cpu().numpy() for n in ("counts", "image_index")}
+        if self.masks is not None and len(set(self.sizes)) == 1:
+            table["masks"] = self.dense_masks().numpy()
+        return table
+
+    def dense_masks(self) -> Tensor:
+        """Boolean masks ``(R, H, W)``; needs masks and images of one size."""
+        import torch
+
+        _require(self.masks is not None, "These regions carry masks", "regions encoded with masks=False")
+        _require(len(set(self.sizes)) == 1, "Images of one size", self.sizes)
+        decoded = [m.decode() for m in self.masks or ()]
+        return torch.stack(decoded) if decoded else torch.zeros((0, *self.sizes[0]), dtype=torch.bool)
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What is looked for: ``tokens (Q, D)`` of the object, the ``model`` that made them, and words on the source."""
+
+    tokens: Tensor
+    model: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        _require(self.tokens.ndim == 2 and len(self.tokens) > 0, "Query.tokens has shape (Q ≥ 1, D)", self.tokens.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """Where an object was last seen: ``frames (T,)`` int64 and contiguous at the video's own frame numbers,
+    ``times (T,)`` seconds, ``boxes (T, 4)`` pixels, ``scores (T,)`` cosine to the query where it was measured.
+
+    ``found`` False means no confident occurrence: the arrays are empty and ``score`` is the best that was seen.
+    ``timeline`` is ``(S, 2)`` seconds and best cosine of every searched frame; ``skipped`` counts undecodable frames.
+    """
+
+    found: bool
+    score: float
+    frames: Tensor
+    times: Tensor
+    boxes: Tensor
+    scores: Tensor
+    timeline: Tensor
+    video: str
+    model: str
+    skipped: int = 0
+    size: Size = (0, 0)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.frames)
+        _require(tuple(self.boxes.shape) == (count, 4), f"Track.boxes has shape ({count}, 4)", tuple(self.boxes.shape))
+        _require(len(self.times) == len(self.scores) == count, "Track columns have equal length", count)
+        _require(self.found == (count > 0), "A found track has frames and a lost one has none", (self.found, count))
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.frames)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary, one entry per frame."""
+        rows = zip(self.frames.tolist(), self.times.tolist(), self.boxes.tolist(), self.scores.tolist(), strict=True)
+        return {
+            "found": self.found,
+            "score": round(self.score, 6),
+            "video": self.video,
+            "model": self.model,
+            "size": list(self.size),
+            "skipped_frames": self.skipped,
+            "track": [
+                {"frame": f, "time": round(t, 4), "box": [round(v, 2) for v in b], "score": round(s, 4)}
+                for f, t, b, s in rows
+            ],
+            **self.details,
+        }
+
+
+def column_names(kind: type) -> tuple[str, ...]:
+    """Field names of a result type, in order."""
+    return tuple(f.name for f in fields(kind))
