@@ -1,0 +1,341 @@
+"""``RegionModel``: a frozen backbone and a region encoder behind one door. Images in, ``RegionTokens`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opsin import backbones, hub, runtime
+from opsin.backbones import Backbone
+from opsin.cards import ModelCard
+from opsin.errors import IncompatibleModel, InvalidConfig, InvalidPrompt
+from opsin.geometry import ImageTransform, RunLengthMask, Size, check_box, check_points
+from opsin.images import ImageSource, read_images, resize
+from opsin.regions import aggregate, extent, prompts
+from opsin.regions.aggregate import Grouping, Groups
+from opsin.regions.checkpoint import REGION_WEIGHTS, locate_weights
+from opsin.regions.encoder import RegionEncoder, RegionMemory, RegionOutput
+from opsin.types import FeatureMap, Query, RegionTokens
+
+Prompts = Literal["slic", "grid"]
+Token = Literal["pred", "proj"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The prompts of one image: canvas fractions ``(P, 2)``, and what is already known about their regions."""
+
+    points: Tensor
+    original: Tensor
+    owners: Groups | None = None
+    superpixels: Tensor | None = None
+    superpixel_transform: ImageTransform | None = None
+    boxes: Tensor | None = None
+    masks: tuple[RunLengthMask, ...] | None = None
+
+
+class RegionModel(nn.Module):
+    """Object-level tokens of images (REN, arXiv 2505.18153).
+
+    >>> model = RegionModel.from_pretrained("opsin-tiny")
+    >>> regions = model.encode("kitchen.jpg")
+    """
+
+    def __init__(self, backbone: Backbone, encoder: RegionEncoder, card: ModelCard) -> None:
+        super().__init__()
+        if backbone.dim != encoder.dim:
+            raise IncompatibleModel(
+                "A region encoder is as wide as the features of its backbone",
+                got=f"encoder {encoder.dim}, {backbone.name} {backbone.dim}",
+            )
+        self.backbone, self.encoder, self.card = backbone, encoder, card
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, ref: str | Path = "opsin-tiny", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> RegionModel:
+        """A model by catalogue name, ``"hf:org/repo@rev"``, ``"dir:path"``, or the path of a published ``checkpoint.pth``.
+
+        ``device=None`` takes the machine's accelerator, else the CPU; ``dtype`` None is float32, ``"auto"`` bfloat16 where
+        it is fast and the card allows it.
+        """
+        weights = locate_weights(str(ref))
+        place = runtime.resolve_device(device)
+        precision = runtime.resolve_dtype(dtype, place, allow_bfloat16=weights.card.bfloat16)
+        backbone = backbones.load(weights.backbone, device=place, dtype=precision)
+        encoder = RegionEncoder.from_state_dict(weights.state).to(place, precision)
+        return cls(backbone, encoder, weights.card)
+
+    def save_pretrained(self, folder: str | Path, *, embed_backbone: bool = False) -> Path:
+        """Write ``card.json`` and ``regions.safetensors``; with ``embed_backbone`` the backbone too, so that it stands alone."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        card = self.card
+        if embed_backbone:
+            self.backbone.save_pretrained(folder / "backbone")
+            card = replace(card, backbone="backbone")
+        hub.save_safetensors(self.encoder.state_dict(), folder / REGION_WEIGHTS)
+        card.save(folder / "card.json")
+        return folder
+
+    def push_to_hub(self, repo: str, *, private: bool = False, embed_backbone: bool = False) -> str:
+        """Upload what ``save_pretrained`` writes to the Hugging Face repository ``repo``; returns its address."""
+        return hub.upload(lambda folder: self.save_pretrained(folder, embed_backbone=embed_backbone), repo, private=private)
+
+    @property
+    def name(self) -> str:
+        """Name that tokens of this model carry."""
+        return self.card.name
+
+    @property
+    def dim(self) -> int:
+        """Width ``D`` of a token."""
+        return self.encoder.dim
+
+    @torch.inference_mode()
+    def features(self, images: ImageSource | Sequence[ImageSource], *, size: int | None = None, batch_size: int = 8) -> list[FeatureMap]:
+        """Feature maps of images, one each: the expensive step, done once per image."""
+        return self.backbone.encode(images, size=size or self.card.image_size, fit=self.card.fit, batch_size=batch_size)
+
+    @torch.inference_mode()
+    def memory(self, features: FeatureMap) -> RegionMemory:
+        """What prompts need to know of an image; with it, new prompts cost only their own side."""
+        if features.model != self.backbone.name:
+            raise IncompatibleModel(
+                "Features must come from the backbone of this model", got=features.model, remedy=f"Encode with {self.backbone.name}."
+            )
+        return self.encoder.memory(runtime.to_model(features.features, self.encoder)[None])
+
+    def encode(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        prompts: Prompts = "slic",
+        points: Sequence[Any] | Tensor | None = None,
+        boxes: Sequence[Any] | Tensor | None = None,
+        masks: Sequence[Any] | Tensor | None = None,
+        size: int | None = None,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> RegionTokens:
+        """Regions of one or several images, as one table.
+
+        Without own prompts the image is asked on superpixels (``prompts="slic"``) or a grid, and prompts with like tokens are merged.
+        ``points`` (P, 2), ``boxes`` (K, 4) or ``masks`` (K, H, W), per image, in original pixels: one row per prompt, in order,
+        nothing merged; for several images a list of such arrays. ``size``: side of the square model input. Further options:
+        those of ``encode_features``. Zero regions is a legal result. Raises ``InvalidImage``, ``InvalidPrompt``, ``InvalidConfig``.
+        """
+        pictures = read_images(images)
+        single = len(pictures) == 1
+        asked: dict[str, Any] = {
+            name: _per_image(value, len(pictures), rank, single, name)
+            for name, value, rank in (("points", points, 2), ("boxes", boxes, 2), ("masks", masks, 3))
+        }
+        features = self.features(pictures, size=size, batch_size=batch_size)
+        return self.encode_features(features, pictures, prompts=prompts, batch_size=batch_size, **asked, **options)
+
+    @torch.inference_mode()
+    def encode_features(
+        self,
+        features: Sequence[FeatureMap],
+        pictures: Sequence[Tensor] | None = None,
+        *,
+        prompts: Prompts = "slic",
+        points: Sequence[Tensor] | None = None,
+        boxes: Sequence[Tensor] | None = None,
+        masks: Sequence[Tensor] | None = None,
+        memories: Sequence[RegionMemory] | None = None,
+        grid_size: int | None = None,
+        threshold: float | None = None,
+        min_size: int = 1,
+        grouping: Grouping | None = None,
+        merge: bool = True,
+        token: Token = "pred",
+        with_masks: bool = False,
+        compat: str | None = None,
+        batch_size: int = 8,
+    ) -> RegionTokens:
+        """As ``encode``, from feature maps: ask the same images again without running the backbone.
+
+        ``pictures`` (3, H, W), needed for superpixels; ``memories`` from ``memory`` saves the keys and values too.
+        ``grid_size`` prompts per side; ``threshold`` cosine, ``grouping`` and ``min_size`` as in ``aggregate.group``, the defaults from
+        the model's card; ``merge=False`` leaves one row per prompt. ``token``: ``"pred"`` names regions, ``"proj"`` lives in the
+        backbone's space. ``with_masks`` adds run-length masks. ``compat="published"``: REN's rules for small groups.
+        """
+        if sum(p is not None for p in (points, boxes, masks)) > 1:
+            raise InvalidPrompt("Prompts are points, or boxes, or masks", got="more than one kind")
+        if token not in ("pred", "proj"):
+            raise InvalidConfig('token is "pred" or "proj"', got=token)
+        own = [points, boxes, masks]
+        asked = [
+            self._prompts(f, None if pictures is None else pictures[i], prompts, *(None if o is None else o[i] for o in own), grid_size)
+            for i, f in enumerate(features)
+        ]
+        rule = {
+            "threshold": self.card.threshold if threshold is None else threshold,
+            "method": grouping or self.card.grouping,
+            "min_size": min_size,
+            "compat": compat,
+        }
+
+        def answer(indices: Sequence[int]) -> list[RegionTokens]:
+            kept = [memories[i] if memories is not None else self.memory(features[i]) for i in indices]
+            tokens = self._decode(kept, [asked[i].points for i in indices])
+            return [
+                self._regions(features[i], m, asked[i], t, rule if merge else None, token, with_masks)
+                for i, m, t in zip(indices, kept, tokens, strict=True)
+            ]
+
+        return stack(runtime.in_batches(answer, range(len(features)), batch_size), self.name, self.dim)
+
+    def query(
+        self,
+        image: ImageSource,
+        *,
+        box: Sequence[float] | Tensor | None = None,
+        point: Sequence[float] | Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Query:
+        """What to look for: the object in ``box``, under ``point`` or in ``mask``, or the whole image when it is a crop."""
+        picture = read_images(image)[0]
+        if box is None and point is None and mask is None:
+            box = (0, 0, picture.shape[2], picture.shape[1])
+        asked = {
+            "boxes": None if box is None else torch.as_tensor(box, dtype=torch.float32).reshape(1, -1),
+            "points": None if point is None else torch.as_tensor(point, dtype=torch.float32).reshape(1, -1),
+            "masks": None if mask is None else mask[None],
+        }
+        return Query(self.encode(picture, **asked).tokens, self.name, "crop" if box is not None else "image")
+
+    def _prompts(
+        self, features: FeatureMap, picture: Tensor | None, kind: str, points: Any, boxes: Any, masks: Any, grid_size: int | None
+    ) -> _Asked:
+        transform = features.transform
+        if points is not None:
+            original = check_points(torch.as_tensor(points, dtype=torch.float32).reshape(-1, 2), transform.size)
+            return _Asked(transform.normalise(original), original, _one_each(len(original)))
+        if boxes is not None:
+            rows = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+            checked = torch.tensor([check_box(b, transform.size) for b in rows]).reshape(-1, 4)
+            original = prompts.box_prompts(checked).reshape(-1, 2)
+            owners = Groups(torch.arange(len(checked)).repeat_interleave(9), torch.full((len(checked),), 9))
+            return _Asked(transform.normalise(original), original, owners, boxes=checked)
+        if masks is not None:
+            return _mask_asked(torch.as_tensor(masks).bool(), transform)
+        count = grid_size or self.card.grid_size
+        x1, y1, x2, y2 = transform.content
+        inner: Size = (max(1, round(y2 - y1)), max(1, round(x2 - x1)))
+        offset = torch.tensor(transform.offset)
+        canvas = torch.tensor((transform.canvas[1], transform.canvas[0]), dtype=torch.float32)
+        if kind == "grid":
+            spread = prompts.grid_points(inner, count) + offset
+            return _Asked(spread / canvas, transform.to_original(spread))
+        if kind != "slic":
+            raise InvalidConfig('prompts is "slic" or "grid"', got=kind)
+        if picture is None:
+            raise InvalidPrompt("Superpixels need the pictures", remedy='Pass pictures, or prompts="grid".')
+        found = prompts.slic(resize(picture, inner), round(count**2 * inner[0] * inner[1] / canvas.prod().item()))
+        spread = found.points + offset
+        scale = (inner[1] / transform.size[1], inner[0] / transform.size[0])
+        own = ImageTransform(transform.size, inner, scale)
+        return _Asked(spread / canvas, transform.to_original(spread), None, found.labels, own)
+
+    def _decode(self, memories: Sequence[RegionMemory], points: Sequence[Tensor]) -> list[RegionOutput]:
+        """Tokens of each image's prompts; images of one grid go through together, shorter lists padded and cut again."""
+        if len({m.grid for m in memories}) > 1 or len(memories) == 1:
+            device = memories[0].keys[0].device
+            return [self.encoder.decode(m, p.to(device)[None]) for m, p in zip(memories, points, strict=True)]
+        joint = RegionMemory(
+            tuple(torch.cat(k) for k in zip(*(m.keys for m in memories), strict=True)),
+            tuple(torch.cat(v) for v in zip(*(m.values for m in memories), strict=True)),
+            memories[0].grid,
+        )
+        longest = max(len(p) for p in points)
+        padded = torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in points]).to(joint.keys[0].device)
+        output = self.encoder.decode(joint, padded)
+        return [
+            RegionOutput(output.pred_tokens[i : i + 1, : len(p)], output.proj_tokens[i : i + 1, : len(p)]) for i, p in enumerate(points)
+        ]
+
+    def _regions(
+        self, features: FeatureMap, memory: RegionMemory, asked: _Asked, output: RegionOutput, rule: Any, token: Token, with_masks: bool
+    ) -> RegionTokens:
+        pred = output.pred_tokens[0]
+        pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
+        device = pred.device
+        if asked.owners is not None:
+            groups = Groups(asked.owners.labels.to(device), asked.owners.counts.to(device))
+        elif rule is None:
+            groups = _one_each(len(pred), device)
+        else:
+            groups = aggregate.group(pred, **rule)
+        chosen = pred if token == "pred" else output.proj_tokens[0].to(pred.dtype)
+        middle = groups.representatives(asked.original.to(device))
+        boxes, masks = asked.boxes, asked.masks
+        if asked.superpixels is not None and asked.superpixel_transform is not None:
+            labels = extent.region_labels(asked.superpixels, groups, asked.superpixel_transform)
+            boxes = extent.label_boxes(labels, len(groups))
+            masks = extent.label_run_lengths(labels, len(groups)) if with_masks else None
+        elif boxes is None or (with_masks and masks is None):
+            maps = extent.attention_maps(self.encoder, memory, asked.points.to(device)[None], groups)
+            reached, masks = extent.attention_extent(maps, features.transform, with_masks=with_masks)
+            boxes = reached if boxes is None else boxes
+        return RegionTokens(
+            tokens=groups.mean(chosen),
+            points=asked.original.to(device)[middle],
+            boxes=boxes.to(device),
+            counts=groups.counts,
+            image_index=torch.zeros(len(groups), dtype=torch.long, device=device),
+            sizes=(features.transform.size,),
+            model=self.name,
+            masks=masks if with_masks else None,
+        )
+
+
+def _one_each(count: int, device: torch.device | None = None) -> Groups:
+    return Groups(torch.arange(count, device=device), torch.ones(count, dtype=torch.long, device=device))
+
+
+def _mask_asked(masks: Tensor, transform: ImageTransform) -> _Asked:
+    from opsin.geometry import mask_boxes
+
+    if masks.ndim != 3 or tuple(masks.shape[1:]) != transform.size:
+        raise InvalidPrompt(f"Masks have shape (K, {transform.size[0]}, {transform.size[1]})", got=tuple(masks.shape))
+    inside = [prompts.mask_prompts(m) for m in masks]
+    counts = torch.tensor([len(p) for p in inside], dtype=torch.long)
+    original = torch.cat(inside) if inside else torch.zeros((0, 2))
+    owners = Groups(torch.arange(len(inside)).repeat_interleave(counts), counts)
+    encoded = tuple(RunLengthMask.encode(m) for m in masks)
+    return _Asked(transform.normalise(original), original, owners, boxes=mask_boxes(masks), masks=encoded)
+
+
+def _per_image(value: Any, count: int, rank: int, single: bool, name: str) -> list[Tensor] | None:
+    """One array of prompts per image; a bare array is accepted for a single image."""
+    if value is None:
+        return None
+    if single:
+        array = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        return [array[0] if array.ndim == rank + 1 and len(array) == 1 else array]
+    if len(value) != count:
+        raise InvalidPrompt(f"{name} holds one array per image", got=f"{len(value)} for {count} images")
+    return [torch.as_tensor(v) for v in value]
+
+
+def stack(tables: Sequence[RegionTokens], model: str, dim: int) -> RegionTokens:
+    """One table of several single-image ones, in order; of none, an empty table."""
+    if not tables:
+        zeros = torch.zeros
+        index = zeros(0, dtype=torch.long)
+        return RegionTokens(zeros((0, dim)), zeros((0, 2)), zeros((0, 4)), index, index, (), model)
+    columns = {name: torch.cat([getattr(t, name) for t in tables]) for name in ("tokens", "points", "boxes", "counts")}
+    index = torch.cat([torch.full_like(t.image_index, i) for i, t in enumerate(tables)])
+    masked = all(t.masks is not None for t in tables)
+    masks = tuple(m for t in tables for m in (t.masks or ())) if masked else None
+    return RegionTokens(**columns, image_index=index, sizes=tuple(t.sizes[0] for t in tables), model=model, masks=masks)
