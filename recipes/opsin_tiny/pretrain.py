@@ -22,6 +22,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -228,7 +229,7 @@ def scale_stage(backbone: ResNetBackbone, stage: int, scale: float) -> None:
     ReLU commutes with a positive factor, so the factor goes into every residual branch and into the shortcut, and is
     taken out again by the convolutions that read the result.
     """
-    stages = backbone.encoder.stages
+    stages: Any = backbone.encoder.stages
     for i, layer in enumerate(stages[stage - 1].layers):
         branches = [layer.layer[-1]] + ([layer.shortcut] if i == 0 else [])
         if i == 0 and not hasattr(layer.shortcut, "normalization"):
@@ -297,7 +298,7 @@ def train(args: argparse.Namespace) -> None:
     key_class = torch.cat([data.object_class, scene_class.flatten()]).to(device)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    model = Model(args, objects, len(data.scene_names)).to(device, memory_format=torch.channels_last)
+    model = Model(args, objects, len(data.scene_names)).to(device).to(memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False)
     decayed = [p for p in model.parameters() if p.ndim == 4]
     others = [p for p in model.parameters() if p.ndim != 4]
@@ -312,11 +313,9 @@ def train(args: argparse.Namespace) -> None:
         step, spent = state["step"], state["spent"]
         torch.set_rng_state(state["rng"].cpu())
         print(f"resumed at step {step}", flush=True)
-    print(
-        f"{len(data.objects)} object photographs of {objects} classes, {len(data.photos)} scenes; "
-        f"backbone {sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters on {device}",
-        flush=True,
-    )
+    million = sum(p.numel() for p in model.backbone.parameters()) / 1e6
+    counts = f"{len(data.objects)} object photographs of {objects} classes, {len(data.photos)} scenes"
+    print(f"{counts}; backbone of {million:.2f} M parameters on {device}", flush=True)
 
     def progress() -> float:
         return min(1.0, max(step / args.steps, spent / 60 / args.minutes if args.minutes else 0.0))
@@ -355,15 +354,8 @@ def train(args: argparse.Namespace) -> None:
         if time.monotonic() - saved > 60 * args.save_minutes or progress() >= 1:
             print(f"step {step} held-out object top-1 {validate(ema, data, device):.3f}", flush=True)
             export(ema, data, args.out / "backbone", device, args.size)
-            save_state(
-                checkpoint,
-                model=model.state_dict(),
-                ema=ema.state_dict(),
-                optimizer=optimizer.state_dict(),
-                step=step,
-                spent=spent,
-                rng=torch.get_rng_state(),
-            )
+            trained = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+            save_state(checkpoint, **trained, step=step, spent=spent, rng=torch.get_rng_state())
             saved = time.monotonic()
 
 

@@ -23,16 +23,17 @@ WEIGHTS = Path(__file__).parent / "weights"
 class ModelCard:
     """One model: where its weights are, how its input is prepared, what its licence allows.
 
-    ``kind`` is ``"backbone"`` or ``"regions"``; ``family`` the adapter that runs it. ``source`` is ``"hf:org/repo"`` (with
-    ``revision``), ``"dir:path"``, ``"embedded"``, or empty for a model that only combines others; ``files`` names what
-    is fetched, empty meaning config, preprocessing and safetensors. ``dim`` is the width of a token, ``patch_size`` the
-    pixels of one grid step, ``image_size`` the default side of the square canvas, ``mean`` and ``std`` act on RGB in
-    [0, 1]. ``bfloat16`` tells whether ``dtype="auto"`` may choose it. ``gated`` weights need a licence accepted at
-    ``gate_url``; ``substitute`` is an open model for the same use.
+    ``kind`` is ``"backbone"`` or ``"regions"``; ``family`` the adapter that runs it. ``source`` is ``"hf:org/repo"``
+    (with ``revision``), ``"embedded"``, or empty for a folder and for a model that only combines others; ``files``
+    names what is fetched, empty meaning config, preprocessing and weights. ``dim`` is the width of a token,
+    ``patch_size`` the pixels of one grid step, ``image_size`` the default side of the square canvas, ``mean`` and
+    ``std`` act on RGB in [0, 1]. ``bfloat16`` tells whether ``dtype="auto"`` may choose it. ``gated`` weights need a
+    licence accepted at ``gate_url``; ``substitute`` is an open model for the same use.
 
-    Region models only: ``backbone`` (a catalogue name, ``hf:`` or ``dir:`` reference, or the sub-folder ``"backbone"``),
-    ``heads``, ``layers`` and ``seed`` of the encoder, ``grid_size`` prompts per side, ``threshold`` cosine at which
-    prompts merge and ``grouping`` how, ``fit`` of the image to the square canvas, ``regions`` and ``tokens`` when regions of one model are described by the tokens of another.
+    Region models only: ``backbone`` (a catalogue name, an ``hf:`` or ``dir:`` reference, or ``"backbone"`` for the
+    sub-folder of that name), ``heads``, ``layers`` and ``seed`` of the encoder, ``grid_size`` prompts per side,
+    ``threshold`` cosine at which prompts merge and ``grouping`` how, ``fit`` of the image to the square canvas,
+    ``regions`` and ``tokens`` when regions of one model are described by the tokens of another.
     ``measured`` holds quality numbers with their protocol as the key.
     """
 
@@ -95,7 +96,8 @@ class ModelCard:
                 raise InvalidCheckpoint(f'A model card states its "{key}"', got=values.get(key))
         if values["kind"] not in KINDS:
             raise InvalidCheckpoint(f'The "kind" of a model card is one of {", ".join(KINDS)}', got=values["kind"])
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""

@@ -6,6 +6,7 @@ Downloads are cached and resumed by huggingface_hub. Pickles are never unpickled
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -33,13 +34,16 @@ if TYPE_CHECKING:
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+REGIONS = ("card.json", "regions.safetensors")  # a saved region model, with or without its backbone
+INNER = ("backbone/config.json", "backbone/*.json", "backbone/model*.safetensors")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[\w][\w./-]*")
+_NETWORK = ("huggingface_hub", "httpx", "httpx2", "hf_xet", "requests")
 
 
 def cache_dir() -> Path:
-    """Where Opsin keeps what it makes itself (converted weights, mask caches): ``OPSIN_CACHE`` or ``~/.cache/opsin``."""
+    """Where Opsin keeps what it makes itself, such as converted weights: ``OPSIN_CACHE`` or ``~/.cache/opsin``."""
     return Path(os.environ.get("OPSIN_CACHE") or "~/.cache/opsin").expanduser()
 
 
@@ -162,6 +166,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(room, ignore_errors=True)
 
 
+def upload(write: Callable[[Path], object], repo: str, *, private: bool = False) -> str:
+    """Put what ``write(folder)`` writes into the hub repository ``repo``, made when it is not there; its address."""
+    from huggingface_hub import HfApi
+
+    repo, revision = parse_hf(repo)
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as folder, _hub_errors(repo, revision, (), None):
+        write(Path(folder))
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    return f"https://huggingface.co/{repo}"
+
+
 def check_file(path: str | Path) -> Path:
     """The path of a weight file that could be one: it exists, is not empty, not a web page, not a git-LFS pointer."""
     path = Path(path)
@@ -197,6 +214,15 @@ def load_safetensors(path: str | Path) -> dict[str, Tensor]:
         ) from error
 
 
+def save_safetensors(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write named tensors, by rename."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
 def load_pickle(path: str | Path) -> Any:
     """The tensors, numbers and containers of a ``torch.save`` file, on the CPU; anything else is refused, never run."""
     import pickle
@@ -222,7 +248,7 @@ def load_pickle(path: str | Path) -> Any:
 
 
 def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], what: str) -> None:
-    """``InvalidCheckpoint`` unless ``state`` has exactly the ``expected`` names and shapes; a few offenders are named."""
+    """``InvalidCheckpoint`` unless ``state`` has exactly the ``expected`` names and shapes; names a few offenders."""
     problems = [
         _few("missing", [key for key in expected if key not in state]),
         _few("unexpected", [key for key in state if key not in expected]),
@@ -286,31 +312,32 @@ def _snapshot(repo: str, revision: str, files: Sequence[str] | None, card: Model
 
     def download(patterns: Sequence[str]) -> Path:
         with _hub_errors(repo, revision, patterns, card):
-            options = {"revision": revision, "allow_patterns": list(patterns), "local_files_only": is_offline()}
-            return Path(snapshot_download(repo, **options))  # type: ignore[arg-type]
+            allowed, offline = list(patterns), is_offline()
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=allowed, local_files_only=offline))
 
-    if files:
-        folder = download(files)
-        missing = [name for name in files if not any(folder.glob(name))]
+    def there(folder: Path, *patterns: str) -> bool:
+        return any(any(folder.glob(pattern)) for pattern in patterns)
+
+    wanted = tuple(files or (*CONFIGS, *SAFETENSORS, *REGIONS, *INNER))
+    folder = download(wanted)
+    if files or there(folder, REGIONS[1]):
+        missing = [name for name in files or REGIONS if not there(folder, name)]
     else:
-        folder = download((*CONFIGS, *SAFETENSORS))
-        if not any(any(folder.glob(name)) for name in SAFETENSORS):
+        if not there(folder, *SAFETENSORS):
             folder = download((*CONFIGS, *PICKLES))  # older repositories; still read with weights_only
-        weights = any(any(folder.glob(name)) for name in (*SAFETENSORS, *PICKLES))
-        missing = [n for n, there in (("config.json", (folder / "config.json").is_file()), ("weights", weights)) if not there]
+        missing = [] if there(folder, "config.json") else ["config.json"]
+        missing += [] if there(folder, *SAFETENSORS, *PICKLES) else ["weights"]
     if missing:
-        raise _unavailable(repo, revision, files or (*CONFIGS, *SAFETENSORS), f"{', '.join(missing)} not found in {repo}")
+        raise _unavailable(repo, revision, wanted, f"no {' and no '.join(missing)} in {folder}")
     return folder
 
 
 def _unavailable(repo: str, revision: str, files: Sequence[str], got: str) -> ModelUnavailable:
-    names = " ".join(name for name in files if "*" not in name)
-    patterns = "".join(f' --include "{name}"' for name in files if "*" in name)
-    what = f"--include {' '.join(names.split())}{patterns}" if patterns else names
+    names = " ".join(f'--include "{name}"' for name in files) if any("*" in name for name in files) else " ".join(files)
     return ModelUnavailable(
         f"The files of {repo} must be in the cache or reachable", got=got,
-        remedy=f"Where there is a network, run: hf download {repo} --revision {revision} {what}".replace("  ", " ")
-        + " ; then copy that machine's Hugging Face cache (HF_HOME) here, or name a copied folder with dir:.",
+        remedy=f"Where there is a network, run: hf download {repo} --revision {revision} {names} ; then copy that "
+        "machine's Hugging Face cache (HF_HOME) here, or name a copied folder with dir:.",
     )
 
 
@@ -339,30 +366,10 @@ def _hub_errors(repo: str, revision: str, files: Sequence[str], card: ModelCard 
             f"{repo}@{revision} must exist on the hub and be readable", got=f"{what} not found",
             remedy=f'See https://huggingface.co/{repo}; a private one needs "hf auth login".',
         ) from error
-    except OSError as error:
-        if getattr(error, "errno", None) == 28:  # no space left
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
             raise ResourceError("The disk must have room for the weights", got=str(error)) from error
+        # network libraries below huggingface_hub differ between its versions, and so do their exceptions
+        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _NETWORK:
+            raise
         raise _unavailable(repo, revision, files, str(error).splitlines()[0] if str(error) else repr(error)) from error
-
-
-def save_safetensors(state: Mapping[str, Tensor], path: str | Path) -> Path:
-    """Write tensors under their names, through a temporary file."""
-    from safetensors.torch import save_file
-
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, str(temporary))
-    return Path(path)
-
-
-def upload(save: Callable[[Path], object], repo: str, *, private: bool = False) -> str:
-    """Create the hub repository ``repo`` where it is missing, upload what ``save(folder)`` writes; returns its address."""
-    from huggingface_hub import HfApi
-
-    if is_offline():
-        raise ModelUnavailable("Uploading needs the network", got="offline mode", remedy="Unset OPSIN_OFFLINE and HF_HUB_OFFLINE.")
-    parse_hf(f"hf:{repo}")
-    with tempfile.TemporaryDirectory() as folder, _hub_errors(repo, "main", (), None):
-        save(Path(folder))
-        address = HfApi().create_repo(repo, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo, folder_path=folder)
-    return str(address)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opsin import backbones, hub
+from opsin.backbones import Backbone
 from opsin.cards import ModelCard
 from opsin.errors import InvalidConfig, InvalidPrompt
 from opsin.geometry import ImageTransform
@@ -29,10 +31,9 @@ def mask_weights(masks: Tensor, transform: ImageTransform, grid: tuple[int, int]
     and needs masks at the size of the canvas.
     """
     if compat == "published":
-        canvas = masks
         if tuple(masks.shape[1:]) != transform.canvas:
             raise InvalidPrompt("The published rule needs masks of the canvas size", got=tuple(masks.shape[1:]), remedy=f"{transform.canvas}")
-        return F.interpolate(canvas[:, None].float(), size=grid, mode="nearest")[:, 0].flatten(1)
+        return F.interpolate(masks[:, None].float(), size=grid, mode="nearest")[:, 0].flatten(1)
     x1, y1, x2, y2 = (round(v) for v in transform.content)
     inner = F.interpolate(masks[:, None].float(), size=(max(1, y2 - y1), max(1, x2 - x1)), mode="area")
     height, width = transform.canvas
@@ -64,6 +65,12 @@ def attention_pool(head: nn.Module, features: Tensor, weights: Tensor) -> Tensor
     return pooled + head.mlp(head.layernorm(pooled))
 
 
+def pooling_head(model: nn.Module) -> nn.Module | None:
+    """The attention-pooling head of a SigLIP vision model of ``transformers``, or None for one without."""
+    head = getattr(getattr(model, "vision_model", model), "head", None)
+    return head if hasattr(head, "probe") else None
+
+
 class TransferModel(nn.Module):
     """Regions from one model, tokens from another backbone.
 
@@ -71,7 +78,7 @@ class TransferModel(nn.Module):
     >>> tokens = model.encode("street.jpg").tokens      # comparable with SigLIP 2's text embeddings
     """
 
-    def __init__(self, regions: RegionModel, target: nn.Module, card: ModelCard) -> None:
+    def __init__(self, regions: RegionModel, target: Backbone, card: ModelCard) -> None:
         super().__init__()
         self.regions, self.target, self.card = regions, target, card
 
@@ -80,8 +87,6 @@ class TransferModel(nn.Module):
         cls, name: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
     ) -> TransferModel:
         """A catalogue entry that names ``regions`` and ``tokens``, or ``"REGIONS+BACKBONE"`` for any two references."""
-        from opsin import backbones, hub
-
         if "+" in name:
             regions, tokens = name.split("+", 1)
             card = None
@@ -134,5 +139,5 @@ class TransferModel(nn.Module):
             weights = mask_weights(masks, features.transform, features.grid)
         patches = features.features.flatten(1).T
         weights = weights.to(patches.device)
-        head = self.target.pooling_head
+        head = pooling_head(self.target.model)
         return mean_pool(patches, weights) if head is None else attention_pool(head, patches, weights)

@@ -90,7 +90,7 @@ def read_labels(path: Path) -> np.ndarray:
 
 
 class LabelMaps(Source):
-    """Photographs with label PNGs: ``labels/<stem>.png``, or several as ``labels/<stem>_<k>.png``; 0 is no region.
+    """Photographs with label PNGs: ``labels/<stem>.png``, or several, ``<stem>_<k>.png`` or ``<stem>/*.png``; 0 is none.
 
     BSDS500 has this shape (``images/<split>``, ``segments/<split>``, up to five people per photograph), and so has any
     folder of masks (``images``, ``masks``), where several binary masks of one photograph may overlap.
@@ -98,15 +98,17 @@ class LabelMaps(Source):
 
     def __init__(self, name: str, images: Path, labels: Path) -> None:
         super().__init__(name)
-        files: dict[str, list[Path]] = {}
+        single: dict[str, list[Path]] = {}
+        several: dict[str, list[Path]] = {}
         for file in sorted(need_folder(labels).rglob("*.png")):
-            relative = file.relative_to(labels)
-            stem = relative.parent / relative.stem
-            for owner in {str(stem), str(stem).rpartition("_")[0], str(relative.parent)}:
-                files.setdefault(owner, []).append(file)
+            stem = str(file.relative_to(labels).with_suffix(""))
+            single[stem] = [file]
+            owner, _, number = stem.rpartition("_")
+            several.setdefault(owner if number.isdigit() else str(Path(stem).parent), []).append(file)
         self.files: list[tuple[Path, list[Path]]] = []
         for path in list_images(need_folder(images)):
-            found = files.get(str(path.relative_to(images).with_suffix("")))
+            stem = str(path.relative_to(images).with_suffix(""))
+            found = single.get(stem) or several.get(stem)
             if found:
                 self.files.append((path, found))
             else:
@@ -148,15 +150,11 @@ class CachedMasks(Source):
 
 @dataclass(frozen=True)
 class Frame:
-    """A photograph, or frame ``frame`` of a video."""
+    """A photograph, or frame ``frame`` of a video, known to its mask cache as ``name``."""
 
     path: Path
+    name: str
     frame: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The path, with the frame number behind a # for a video."""
-        return str(self.path) if self.frame is None else f"{self.path}#{self.frame}"
 
     def read(self) -> Tensor:
         """``(3, H, W)`` in [0, 1]."""
@@ -185,7 +183,7 @@ class Mosaic(Source):
         self.archive = Archive(path)
         members = self.archive.names()
         if part.endswith(".txt"):
-            wanted = set(self.archive.read(part).decode().split("\n"))
+            wanted = {line.strip() for line in self.archive.read(part).decode().splitlines()}
             members = [m for m in members if m in wanted]
         elif part:
             members = [m for m in members if m.startswith(part.rstrip("/") + "/")]
@@ -226,7 +224,7 @@ class Mosaic(Source):
         except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
             raise InvalidDataset("A photograph is readable", got=f"{member} of {self.archive.path}: {error}") from error
         scale = min(picture.width / size[1], picture.height / size[0])
-        width, height = size[1] * scale, size[0] * scale
+        width, height = min(size[1] * scale, picture.width), min(size[0] * scale, picture.height)
         x, y = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
         box = (x, y, min(x + width, picture.width), min(y + height, picture.height))
         return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
