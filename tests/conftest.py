@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: where golden numbers and real data are, and the deterministic filler of golden weights."""
+"""Fixtures of all tests: where golden numbers and real data are, and the filler of golden weights."""
 
 from __future__ import annotations
 

@@ -1,22 +1,22 @@
 """Everything Opsin raises on purpose. Each message states the rule, what came, and the remedy.
 
-    OpsinError
-    ├── InputError (ValueError)        what the caller handed over cannot be used
-    │   ├── InvalidImage               unreadable, truncated, too large, wrong type
-    │   ├── InvalidVideo               unreadable, no video stream, no decodable frame
-    │   ├── InvalidPrompt              point, box or mask that is empty, outside, or of the wrong shape
-    │   ├── UnsupportedSize            image or grid size that the model cannot take
-    │   ├── InvalidConfig              unknown or contradictory option
-    │   └── InvalidDataset             annotation or mask file that does not follow its format
-    ├── MissingFile (FileNotFoundError)
-    ├── ModelError (RuntimeError)      a model cannot be had or does not fit
-    │   ├── UnknownModel               no such name in the catalogue
-    │   ├── GatedModel                 the licence has to be accepted on a web page first
-    │   ├── ModelUnavailable           not in the cache, and the network is off or failed
-    │   ├── InvalidCheckpoint          truncated, not a weight file, wrong keys or shapes
-    │   └── IncompatibleModel          tokens, vectors or files made by another model
-    ├── MissingExtra (ImportError)     an optional dependency is not installed
-    └── ResourceError (RuntimeError)   memory, disk or device exhausted or absent
+OpsinError
+├── InputError (ValueError)        what the caller handed over cannot be used
+│   ├── InvalidImage               unreadable, truncated, too large, wrong type
+│   ├── InvalidVideo               unreadable, no video stream, no decodable frame
+│   ├── InvalidPrompt              point, box or mask that is empty, outside, or of the wrong shape
+│   ├── UnsupportedSize            image or grid size that the model cannot take
+│   ├── InvalidConfig              unknown or contradictory option
+│   └── InvalidDataset             annotation or mask file that does not follow its format
+├── MissingFile (FileNotFoundError)
+├── ModelError (RuntimeError)      a model cannot be had or does not fit
+│   ├── UnknownModel               no such name in the catalogue
+│   ├── GatedModel                 the licence has to be accepted on a web page first
+│   ├── ModelUnavailable           not in the cache, and the network is off or failed
+│   ├── InvalidCheckpoint          truncated, not a weight file, wrong keys or shapes
+│   └── IncompatibleModel          tokens, vectors or files made by another model
+├── MissingExtra (ImportError)     an optional dependency is not installed
+└── ResourceError (RuntimeError)   memory, disk or device exhausted or absent
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ def check_box(box: Tensor | tuple[float, ...] | list[float], size: Size) -> tupl
 def check_points(points: Tensor, size: Size) -> Tensor:
     """Float points ``(P, 2)`` unchanged, or ``InvalidPrompt`` when malformed or outside the image."""
     if points.ndim != 2 or points.shape[-1] != 2 or not bool(torch.isfinite(points).all()):
-        raise InvalidPrompt("Points are a finite array of shape (P, 2), each (x, y)", got=f"shape {tuple(points.shape)}")
+        raise InvalidPrompt(
+            "Points are a finite array of shape (P, 2), each (x, y)", got=f"shape {tuple(points.shape)}"
+        )
     limit = points.new_tensor((size[1], size[0]))
     outside = ((points < 0) | (points > limit)).any(-1)
     if bool(outside.any()):
@@ -166,5 +168,5 @@ class RunLengthMask:
 
 
 def label_masks(labels: Tensor, members: Tensor) -> Tensor:
-    """Masks ``(R, H, W)``: region ``r`` is where ``members[r, labels]`` is true. ``labels (H, W)``, ``members (R, L)``."""
+    """Masks ``(R, H, W)``: ``members (R, L)`` tells which ``labels (H, W)`` each region has."""
     return members[:, labels.reshape(-1)].reshape(-1, *labels.shape)

@@ -1,7 +1,7 @@
 """From anything a person calls an image to ``(3, H, W)`` RGB float in [0, 1], and onto a model's canvas and back.
 
-EXIF orientation is applied; grey, 16-bit, palette, CMYK and RGBA become RGB (alpha is dropped, the colours below it stay);
-of an animation the first frame is taken.
+EXIF orientation is applied; grey, 16-bit, palette, CMYK and RGBA become RGB (alpha is dropped, the colours below it
+stay); of an animation the first frame is taken.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """One image as ``(3, H, W)`` float32 RGB in [0, 1].
 
-    ``source``: a path, encoded bytes, a PIL image, an array ``(H, W)`` or ``(H, W, 1|3|4)`` (uint8, uint16, or float in [0, 1]),
-    or a tensor ``(1|3|4, H, W)`` of the same types. Raises ``MissingFile`` or ``InvalidImage``; ``max_pixels`` guards against
-    decompression bombs and is checked before any pixel is decoded.
+    ``source``: a path, encoded bytes, a PIL image, an array ``(H, W)`` or ``(H, W, 1|3|4)`` (uint8, uint16, or float
+    in [0, 1]), or a tensor ``(1|3|4, H, W)`` of the same types. Raises ``MissingFile`` or ``InvalidImage``;
+    ``max_pixels`` guards against decompression bombs and is checked before any pixel is decoded.
     """
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.exists():
             raise MissingFile("The image file must exist", got=str(path))
         if path.is_dir():
-            raise InvalidImage("One image is wanted here", got=f"the folder {path}", remedy="read_images takes folders.")
+            raise InvalidImage(
+                "One image is wanted here", got=f"the folder {path}", remedy="read_images takes folders."
+            )
         return _decode(path.read_bytes(), str(path), max_pixels)
     if isinstance(source, bytes):
         return _decode(source, "bytes", max_pixels)
@@ -80,7 +82,9 @@ def list_images(folder: str | Path) -> list[Path]:
 def _check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
     if size[0] * size[1] > max_pixels:
         raise InvalidImage(
-            f"An image has at most {max_pixels:,} pixels", got=f"{size[0]}×{size[1]} in {name}", remedy="Raise max_pixels if you trust it."
+            f"An image has at most {max_pixels:,} pixels",
+            got=f"{size[0]}×{size[1]} in {name}",
+            remedy="Raise max_pixels if you trust it.",
         )
 
 
@@ -116,7 +120,9 @@ def _to_unit(array: Tensor) -> Tensor:
     if not array.dtype.is_floating_point:
         return array.float() / {torch.uint8: 255.0, torch.uint16: 65535.0}.get(array.dtype, 255.0)
     array = array.float()
-    if array.numel() and not (bool(torch.isfinite(array).all()) and -1e-3 <= float(array.min()) and float(array.max()) <= 1 + 1e-3):
+    if array.numel() and not (
+        bool(torch.isfinite(array).all()) and float(array.min()) >= -1e-3 and float(array.max()) <= 1 + 1e-3
+    ):
         raise InvalidImage("Float images lie in [0, 1]", got=f"values from {array.min():.3g} to {array.max():.3g}")
     return array.clamp(0, 1)
 
@@ -139,14 +145,27 @@ def _from_channels_last(array: np.ndarray) -> Tensor:
     return _from_channels_first(torch.from_numpy(np.array(array)).permute(2, 0, 1))
 
 
-def save_image(image: Tensor, path: str | Path) -> Path:
-    """Write ``(3, H, W)`` in [0, 1] to ``path``; the suffix names the format. Temporary file first, then renamed."""
-    path = Path(path)
+def to_pil(image: Tensor) -> Image.Image:
+    """``(3, H, W)`` in [0, 1] as a PIL image."""
     array = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)
+
+
+def save_image(image: Tensor | Image.Image, path: str | Path) -> Path:
+    """Write a PIL image or ``(3, H, W)`` in [0, 1] to ``path``; the suffix names the format."""
+    path = Path(path)
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise InvalidConfig(
+            "A picture's suffix names a format that Pillow writes", got=path.name, remedy="Use .png or .jpg."
+        )
+    picture = to_pil(image) if isinstance(image, Tensor) else image
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    Image.fromarray(array).save(temporary)
-    temporary.replace(path)
+    try:
+        picture.save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -213,8 +232,12 @@ def tile(image: Tensor, window: Size, overlap: float = 0.25) -> tuple[Tensor, li
     """Cut ``(C, H, W)``, at least one window large, into windows ``(N, C, *window)`` at ``(top, left)`` starts."""
     height, width = image.shape[-2:]
     if height < window[0] or width < window[1]:
-        raise UnsupportedSize(f"An image to tile is at least {window[1]}×{window[0]}", got=f"{width}×{height}", remedy="Pad it first.")
-    starts = [(y, x) for y in window_starts(height, window[0], overlap) for x in window_starts(width, window[1], overlap)]
+        raise UnsupportedSize(
+            f"An image to tile is at least {window[1]}×{window[0]}", got=f"{width}×{height}", remedy="Pad it first."
+        )
+    starts = [
+        (y, x) for y in window_starts(height, window[0], overlap) for x in window_starts(width, window[1], overlap)
+    ]
     return torch.stack([image[:, y : y + window[0], x : x + window[1]] for y, x in starts]), starts
 
 

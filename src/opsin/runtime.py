@@ -42,7 +42,9 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
             torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ResourceError(
-            "The device must exist on this machine", got=wanted, remedy='"opsin doctor" lists the devices; "cpu" always works.'
+            "The device must exist on this machine",
+            got=wanted,
+            remedy='"opsin doctor" lists the devices; "cpu" always works.',
         ) from error
     return resolved
 
@@ -91,7 +93,8 @@ def in_batches(function: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T
                 raise
             if len(batch) == 1:
                 raise ResourceError(
-                    "One item must fit into memory", got=str(error).splitlines()[0],
+                    "One item must fit into memory",
+                    got=str(error).splitlines()[0],
                     remedy="Use a smaller image size, a smaller model, dtype='bfloat16', or device='cpu'.",
                 ) from error
         else:

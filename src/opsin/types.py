@@ -28,8 +28,8 @@ def _require(ok: bool, rule: str, got: object) -> None:
 class FeatureMap:
     """What a frozen backbone says about one image.
 
-    ``features (D, h, w)``, ``class_token (D,)`` and ``register_tokens (K, D)`` where the backbone has them, ``transform``
-    from original pixels to the canvas that the grid covers, ``model`` the name of the backbone.
+    ``features (D, h, w)``, ``class_token (D,)`` and ``register_tokens (K, D)`` where the backbone has them,
+    ``transform`` from original pixels to the canvas that the grid covers, ``model`` the name of the backbone.
     """
 
     features: Tensor
@@ -93,7 +93,9 @@ class RegionTokens:
 
     def select(self, rows: Tensor) -> RegionTokens:
         """The rows that an index or boolean tensor ``rows`` names, in that order."""
-        picked = rows.nonzero()[:, 0] if rows.dtype.is_floating_point is False and str(rows.dtype) == "torch.bool" else rows
+        picked = (
+            rows.nonzero()[:, 0] if rows.dtype.is_floating_point is False and str(rows.dtype) == "torch.bool" else rows
+        )
         masks = None if self.masks is None else tuple(self.masks[i] for i in picked.tolist())
         table = {name: getattr(self, name)[picked] for name in ("tokens", "points", "boxes", "counts", "image_index")}
         return replace(self, masks=masks, **table)

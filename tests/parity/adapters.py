@@ -1,4 +1,4 @@
-"""From plain numpy to calls of the product and back: no mathematics, and nothing that the product does not do for a user."""
+"""From plain numpy to calls of the product and back: no mathematics, nothing that a user could not do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,14 @@ def ren_encoder(
 
 
 def ren_attention(
-    weights: dict[str, Array], *, heads: int, resolution: int, patch: int, features: Array, prompts: Array, layer: int = -1
+    weights: dict[str, Array],
+    *,
+    heads: int,
+    resolution: int,
+    patch: int,
+    features: Array,
+    prompts: Array,
+    layer: int = -1,
 ) -> Array:
     encoder = RegionEncoder.from_state_dict(_tensors(weights), heads=heads)
     with torch.no_grad():
@@ -63,7 +70,13 @@ def ren_aggregate(pred: Array, proj: Array, prompts: Array, *, threshold: float,
 
 
 def ren_contrastive_loss(
-    tokens_1: Array, tokens_2: Array, ids_1: Array, ids_2: Array, *, temperature: float = 0.1, compat: str | None = "published"
+    tokens_1: Array,
+    tokens_2: Array,
+    ids_1: Array,
+    ids_2: Array,
+    *,
+    temperature: float = 0.1,
+    compat: str | None = "published",
 ) -> dict[str, Any]:
     first, second = _leaf(tokens_1), _leaf(tokens_2)
     ids = torch.from_numpy(ids_1), torch.from_numpy(ids_2)
@@ -85,7 +98,9 @@ def ren_region_targets(features: Array, masks: Array) -> Array:
     return region_targets(torch.from_numpy(features), torch.from_numpy(masks)).numpy()
 
 
-def xren_pool(siglip_weights: dict[str, Array], siglip_config: dict[str, Any], image_features: Array, masks: Array) -> Array:
+def xren_pool(
+    siglip_weights: dict[str, Array], siglip_config: dict[str, Any], image_features: Array, masks: Array
+) -> Array:
     from transformers import SiglipVisionConfig
     from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from opsin.errors import InvalidPrompt
-from opsin.images import pad_to_multiple, unfit
 from opsin.geometry import ImageTransform
+from opsin.images import pad_to_multiple, unfit
 from opsin.regions.prompts import superpixel_points
 from tests.conftest import filler, golden_input, golden_path
 from tests.parity import adapters
@@ -37,7 +37,7 @@ def test_groups(case):
         np.testing.assert_array_equal(found["points"], z[f"{case['id']}_{image}_rep_points"])
         np.testing.assert_allclose(found["proj"], np.roll(found["pred"], 1, -1), atol=1e-6)
     for key, size in (("groups_all_sizes", 1), ("groups_min2", 2)):
-        if key in case:
+        if case.get(key):
             found = adapters.ren_aggregate(pred[0], pred[0], points[0], threshold=case["threshold"], min_size=size)
             assert found["groups"] == case[key][0]
 
@@ -54,7 +54,9 @@ def test_whole_path_from_features_to_regions():
     z = np.load(golden_path("ren_forward_grid.npz"), allow_pickle=True)
     features = golden_input("e2e/feat", (2, 64, 4, 4))
     prompts = np.stack([z["grid_points"]] * 2)
-    tokens = adapters.ren_encoder(filler(shapes(64)), heads=8, resolution=56, patch=14, features=features, prompts=prompts)
+    tokens = adapters.ren_encoder(
+        filler(shapes(64)), heads=8, resolution=56, patch=14, features=features, prompts=prompts
+    )
     np.testing.assert_allclose(tokens["pred_tokens"], z["noagg_ren"], atol=3e-5)
     np.testing.assert_allclose(tokens["proj_tokens"], z["noagg_aligned_ren"], atol=2e-5)
     for case in json.loads(str(z["meta"]))["cases"]:

@@ -66,8 +66,12 @@ def test_tokens(name):
     z, config, features, options = load(name)
     weights, prompts = filler(shapes(config["dim"])), z["points"]
     output = adapters.ren_encoder(weights, features=features, prompts=prompts, **options)
-    np.testing.assert_allclose(output["pred_tokens"], z["pred_tokens_f32"], atol=5e-5 if "real" in name else 3e-5, rtol=0)
-    np.testing.assert_allclose(output["proj_tokens"], z["proj_tokens_f32"], atol=3e-5 if "real" in name else 2e-5, rtol=0)
+    np.testing.assert_allclose(
+        output["pred_tokens"], z["pred_tokens_f32"], atol=5e-5 if "real" in name else 3e-5, rtol=0
+    )
+    np.testing.assert_allclose(
+        output["proj_tokens"], z["proj_tokens_f32"], atol=3e-5 if "real" in name else 2e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -75,7 +79,8 @@ def test_tokens_in_double_precision(name):
     z, config, features, options = load(name)
     weights = {k: v.astype(np.float64) for k, v in filler(shapes(config["dim"])).items()}
     output = adapters.ren_encoder(weights, features=features.astype(np.float64), prompts=z["points"], **options)
-    # The published table takes another matrix product for few prompts: its own last digits, stated with the golden numbers.
+    # The published table takes another matrix product for few prompts: its own last digits, stated with the golden
+    # numbers.
     tolerance = 3e-5 if name in ("real_dino", "real_openclip", "tinyA_corners") else 1e-9
     np.testing.assert_allclose(output["pred_tokens"], z["pred_tokens_f64"], atol=tolerance, rtol=0)
     np.testing.assert_allclose(output["proj_tokens"], z["proj_tokens_f64"], atol=tolerance, rtol=0)

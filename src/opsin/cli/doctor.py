@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,14 +18,14 @@ HELP = "check the installation: versions, devices, extras, cache, models"
 EXAMPLE = "opsin doctor"
 
 # the module of a distribution whose names differ
-_MODULES = {"scikit-image": "skimage", "hydra-core": "hydra", "pillow": "PIL", "huggingface-hub": "huggingface_hub"}
+_MODULES = {"scikit-image": "skimage", "hydra-core": "hydra", "pillow": "PIL"}
 _BUNDLES = ("all", "dev")  # extras made of other extras
 _EMBEDDED = "opsin-tiny"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. ``state``: ``"ok"``, ``"missing"`` (optional, not there) or ``"broken"`` (there, and does not work)."""
+    """One finding. ``state``: ``"ok"``, ``"missing"`` (optional, not there) or ``"broken"`` (there but not working)."""
 
     group: str
     name: str
@@ -53,13 +53,12 @@ def run(args: argparse.Namespace) -> int:
 
 def diagnose() -> list[Check]:
     """All findings. One that fails in a way nobody foresaw is itself a finding."""
-    parts: list[Callable[[], Iterator[Check]]] = [_versions, _extras, _transformers, _devices, _caches, _gated, _embedded]
     checks: list[Check] = []
-    for part in parts:
+    for part in (_versions, _extras, _transformers, _devices, _caches, _gated, _embedded):
         try:
             checks.extend(part())
         except Exception as error:  # a broken package may raise anything
-            checks.append(Check(part.__name__.strip("_"), "check", "broken", _describe(error)))
+            checks.append(Check(part.__name__.removeprefix("_"), "check", "broken", _describe(error)))
     return checks
 
 
@@ -88,7 +87,7 @@ def _package(group: str, name: str, wanted: str, absent: str, install: str) -> C
     """Whether a distribution is there, new enough, and importable."""
     from packaging.specifiers import SpecifierSet
 
-    module = _MODULES.get(name, name)
+    module = _MODULES.get(name, name.replace("-", "_"))
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -96,7 +95,8 @@ def _package(group: str, name: str, wanted: str, absent: str, install: str) -> C
     try:
         importlib.import_module(module)
     except Exception as error:
-        return Check(group, name, "broken", f"{version}; import fails: {_describe(error)}", f"pip install --force-reinstall {name}")
+        detail = f"{version}; import fails: {_describe(error)}"
+        return Check(group, name, "broken", detail, f"pip install --force-reinstall {name}")
     if not SpecifierSet(wanted).contains(version, prereleases=True):
         return Check(group, name, "broken", f"{version}, but {wanted} is needed", f'pip install "{name}{wanted}"')
     return Check(group, name, "ok", version)
@@ -126,7 +126,7 @@ def _transformers() -> Iterator[Check]:
 
     remedy = ""
     if importlib.util.find_spec("torchvision") is not None:
-        remedy = "pip uninstall torchvision (Opsin does not need it; one that does not pair with torch breaks transformers)"
+        remedy = "pip uninstall torchvision (not needed here; one that does not pair with torch breaks transformers)"
         try:
             importlib.import_module("torchvision")
             yield Check("transformers", "torchvision", "ok", importlib.metadata.version("torchvision"))
@@ -175,7 +175,8 @@ def _caches() -> Iterator[Check]:
         if os.access(nearest, os.W_OK):
             yield Check("cache", name, "ok", detail)
         else:
-            yield Check("cache", name, "broken", f"{detail}; not writable", "Set HF_HOME and OPSIN_CACHE to folders of yours.")
+            remedy = "Set HF_HOME and OPSIN_CACHE to folders of yours."
+            yield Check("cache", name, "broken", f"{detail}; not writable", remedy)
     yield Check("cache", "network", "ok", "off by environment variable" if is_offline() else "allowed")
 
 
@@ -189,11 +190,14 @@ def _gated() -> Iterator[Check]:
 
     from opsin.cards import catalogue
 
-    has_token = get_token() is not None
-    yield Check("gated", "token", "ok" if has_token else "missing", "" if has_token else "none", "" if has_token else "hf auth login")
+    if get_token() is None:
+        yield Check("gated", "token", "missing", "needed for gated models only", "hf auth login")
+    else:
+        yield Check("gated", "token", "ok", "present")
     for card in catalogue().values():
         if card.gated:
-            yield Check("gated", card.name, "ok", f"accept its licence on {card.gate_url}; open substitute: {card.substitute}")
+            detail = f"accept its licence on {card.gate_url}; open substitute: {card.substitute}"
+            yield Check("gated", card.name, "ok", detail)
 
 
 def _embedded() -> Iterator[Check]:
@@ -207,7 +211,8 @@ def _embedded() -> Iterator[Check]:
     from opsin.regions import RegionModel
 
     model = RegionModel.from_pretrained(_EMBEDDED, device="cpu")
-    tokens = model.encode(torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)), prompts="grid", grid_size=4).tokens
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tokens = model.encode(image, prompts="grid", grid_size=4).tokens
     finite = bool(torch.isfinite(tokens).all()) and len(tokens) > 0
     yield Check("models", _EMBEDDED, "ok" if finite else "broken", f"loads, {model.dim} values a token")
 

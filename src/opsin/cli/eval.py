@@ -80,7 +80,9 @@ def _retrieval(model: Any, root: Path, args: argparse.Namespace) -> dict[str, An
 
     queries, gallery = (_thin(datasets.coco_panoptic(root, s), args.limit) for s in ("val2017", "train2017"))
     names = datasets.category_names(root, "val2017")
-    return retrieval.evaluate(model, queries, gallery, min_area=args.min_area, size=args.size, seed=args.seed, names=names)
+    return retrieval.evaluate(
+        model, queries, gallery, min_area=args.min_area, size=args.size, seed=args.seed, names=names
+    )
 
 
 def _grouping(model: Any, root: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -105,11 +107,16 @@ def _table(measure: str, full: dict[str, Any]) -> str:
         rows = {n: {k: v[k] for k in ("balanced", "rand", "together", "apart")} for n, v in full["groupings"].items()}
         title = f"{full['images']} images, {full['prompts']:.0f} prompts each"
     else:
-        rows = {n: {k: v[k] for k in ("success", "stAP@0.25", "tAP@0.25", "recovery")} for n, v in full["methods"].items()}
+        rows = {
+            n: {k: v[k] for k in ("success", "stAP@0.25", "tAP@0.25", "recovery")} for n, v in full["methods"].items()
+        }
         title = f"{full['episodes']} episodes of {full['videos']} videos"
     width = max(len(n) for n in rows)
     columns = list(next(iter(rows.values())))
-    lines = [f"{full['model']}: {title} (95 % intervals in brackets)", " " * width + "".join(f"{c:>24}" for c in columns)]
+    lines = [
+        f"{full['model']}: {title} (95 % intervals in brackets)",
+        " " * width + "".join(f"{c:>24}" for c in columns),
+    ]
     lines += [f"{n:<{width}}" + "".join(f"{_cell(r[c]):>24}" for c in columns) for n, r in rows.items()]
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 from opsin import cards, hub
 from opsin.cards import ModelCard
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         text = json.dumps(rows[0] if args.name else rows, indent=2, ensure_ascii=False)
     elif args.name:
-        text = "\n".join(f"{key:13} {_value(value)}" for key, value in rows[0].items() if value not in ("", [], {}, 0))
+        text = "\n".join(f"{key:13} {_value(value)}" for key, value in _stated(rows[0]).items())
     else:
         text = _table(chosen)
     sys.stdout.write(text + "\n")
@@ -35,6 +36,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _where(card: ModelCard) -> str:
     return "embedded" if card.embedded else "cached" if hub.is_cached(card) else "to download"
+
+
+def _stated(row: dict[str, Any]) -> dict[str, Any]:
+    """What says something about this kind of model."""
+    foreign = {"regions": ("mean", "std"), "backbone": ("heads", "layers", "seed", "threshold", "grouping", "fit")}
+    return {k: v for k, v in row.items() if v not in ("", [], {}, 0) and k not in foreign[row["kind"]]}
 
 
 def _value(value: object) -> str:

@@ -1,7 +1,7 @@
 """Readers for the three annotated collections that the built-in measurements use.
 
-Each yields small frozen records whose pictures and labels are read only when asked for, and raises ``InvalidDataset`` or
-``MissingFile`` for a folder that does not follow its format.
+Each yields small frozen records whose pictures and labels are read only when asked for, and raises ``InvalidDataset``
+or ``MissingFile`` for a folder that does not follow its format.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def coco_panoptic(root: str | Path, split: str) -> list[SegmentedImage]:
     folder of label pictures, and the photographs in ``images/<split>`` or ``<split>``. Crowd segments are left out.
     """
     base = _first_existing(
-        [Path(root) / "annotations", Path(root) / "panoptic_segmentation" / "annotations"], "a COCO panoptic folder", root
+        [Path(root) / "annotations", Path(root) / "panoptic_segmentation" / "annotations"],
+        "a COCO panoptic folder",
+        root,
     )
     photos = _first_existing([Path(root) / "images" / split, Path(root) / split], f"the photographs of {split}", root)
     table = _read_json(base / f"panoptic_{split}.json")
@@ -118,7 +120,9 @@ def coco_panoptic(root: str | Path, split: str) -> list[SegmentedImage]:
 def category_names(root: str | Path, split: str) -> dict[int, str]:
     """Category id → English name, as the annotation file of ``split`` says."""
     base = _first_existing(
-        [Path(root) / "annotations", Path(root) / "panoptic_segmentation" / "annotations"], "a COCO panoptic folder", root
+        [Path(root) / "annotations", Path(root) / "panoptic_segmentation" / "annotations"],
+        "a COCO panoptic folder",
+        root,
     )
     return {int(c["id"]): str(c["name"]) for c in _read_json(base / f"panoptic_{split}.json")["categories"]}
 

@@ -1,14 +1,14 @@
 """Grouping of prompts against human segmentations: are two prompts put together, or apart, as people do?
 
-For one image and one annotator every pair of prompts is either in one human region or in two. *Together* is the share of
-the former that the grouping joins, *apart* the share of the latter that it separates, *balanced* their mean, and *rand*
-the share of all pairs (most pairs are in two regions, so leaving everything apart already has a high rand). Shares are
-averaged over annotators, then over images.
+For one image and one annotator every pair of prompts is either in one human region or in two. *Together* is the share
+of the former that the grouping joins, *apart* the share of the latter that it separates, *balanced* their mean, and
+*rand* the share of all pairs (most pairs are in two regions, so leaving everything apart already has a high rand).
+Shares are averaged over annotators, then over images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,9 @@ def group(tokens: Tensor, method: str, threshold: float) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """One image with its prompts: ``points (P, 2)``, ``tokens (P, D)``, mean colours ``(P, 3)``, human labels at the points."""
+    """One image with its prompts: ``points (P, 2)``, ``tokens (P, D)``, mean colours ``(P, 3)``, human labels at the
+    points.
+    """
 
     image: Tensor
     points: Tensor
@@ -140,7 +142,9 @@ def ask(model: RegionModel, record: HumanSegmentation, *, size: int | None = Non
 
 
 def group_colours(colours: Tensor, distance: float) -> Tensor:
-    """Baseline: superpixels whose mean Lab colours ``(P, 3)`` chain within ``distance`` are one group (average linkage)."""
+    """Baseline: superpixels whose mean Lab colours ``(P, 3)`` chain within ``distance`` are one group (average
+    linkage).
+    """
     from scipy.cluster.hierarchy import fcluster, linkage
 
     if len(colours) < 2:
@@ -154,7 +158,12 @@ def slic_labels(image: Tensor, points: Tensor, segments: int) -> Tensor:
 
 
 def sweep(
-    model: RegionModel, records: Sequence[HumanSegmentation], *, methods: Sequence[str], thresholds: Sequence[float], size: int | None = None
+    model: RegionModel,
+    records: Sequence[HumanSegmentation],
+    *,
+    methods: Sequence[str],
+    thresholds: Sequence[float],
+    size: int | None = None,
 ) -> GroupingScores:
     """Every method at every threshold, and the colour baseline at its own range of distances, on the same prompts."""
     scores = GroupingScores()
@@ -173,7 +182,9 @@ COLOUR_DISTANCES = (2.5, 5, 7.5, 10, 15, 20, 30, 40)
 
 def best(scores: GroupingScores, method: str) -> tuple[float, float]:
     """The setting of ``method`` with the largest balanced share, and that share."""
-    means = {float(n.rpartition("@")[2]): float(scores.values(n).mean()) for n in scores.rows if n.startswith(f"{method} @")}
+    means = {
+        float(n.rpartition("@")[2]): float(scores.values(n).mean()) for n in scores.rows if n.startswith(f"{method} @")
+    }
     chosen = max(means, key=lambda t: means[t])
     return chosen, means[chosen]
 
@@ -188,10 +199,11 @@ def evaluate(
     size: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure grouping on ``judged`` with thresholds chosen on ``chosen_on`` (other images), against SLIC and colour alone.
+    """Measure grouping on ``judged`` with thresholds chosen on ``chosen_on`` (other images), against SLIC and colour
+    alone.
 
-    Prompts are the model's own superpixel centres, the same for every row. SLIC alone: its superpixels as they are (every prompt
-    apart), as many segments as people drew in that image, and as many as the best grouping made.
+    Prompts are the model's own superpixel centres, the same for every row. SLIC alone: its superpixels as they are
+    (every prompt apart), as many segments as people drew in that image, and as many as the best grouping made.
     """
     methods = tuple(methods or aggregate.GROUPINGS)
     unknown = [m for m in methods if m not in aggregate.GROUPINGS]

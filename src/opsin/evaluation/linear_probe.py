@@ -61,8 +61,8 @@ class LinearProbe(nn.Module):
 class ConfusionMatrix:
     """Counts of (true, predicted) label pairs over a whole data set; ``mean_iou`` pools them before it divides.
 
-    ``ignore`` marks true labels that do not count. mIoU over the set by summed histograms, absent classes left out, as the
-    published evaluation does.
+    ``ignore`` marks true labels that do not count. mIoU over the set by summed histograms, absent classes left out, as
+    the published evaluation does.
     """
 
     def __init__(self, classes: int, *, ignore: int = 255) -> None:

@@ -60,12 +60,17 @@ def evaluate(
     seconds = time.perf_counter() - started
     rules: list[template.Rule] = []
     if baseline:
-        matched = [match_episode(e) for e in runtime.progress(episodes, total=len(episodes), description="matching", unit="episode")]
+        matched = [
+            match_episode(e)
+            for e in runtime.progress(episodes, total=len(episodes), description="matching", unit="episode")
+        ]
         rules = template.choose_rules(matched, truths, [e.group for e in episodes])
         answers["template matching"] = [template.last_occurrence(m, r) for m, r in zip(matched, rules, strict=True)]
         # What the baseline could reach if it knew these very episodes: an upper bound, not a result.
         oracle = max(template.RULES, key=lambda r: template.quality(matched, truths, r))
-        answers["template matching, threshold chosen on the same episodes"] = [template.last_occurrence(m, oracle) for m in matched]
+        answers["template matching, threshold chosen on the same episodes"] = [
+            template.last_occurrence(m, oracle) for m in matched
+        ]
     groups = [e.group for e in episodes]
     return {
         "episodes": len(episodes),
@@ -76,7 +81,8 @@ def evaluate(
         "methods": {name: summarise(tracks, truths, groups, seed=seed) for name, tracks in answers.items()},
         "template_rules": {e.id: vars(r) for e, r in zip(episodes, rules, strict=True)} if rules else {},
         "per_episode": {
-            e.id: {"frames": len(e.frames), "truth": _span(truth)} | {name: _answer(tracks[i], truth) for name, tracks in answers.items()}
+            e.id: {"frames": len(e.frames), "truth": _span(truth)}
+            | {name: _answer(tracks[i], truth) for name, tracks in answers.items()}
             for i, (e, truth) in enumerate(zip(episodes, truths, strict=True))
         },
     }
@@ -90,7 +96,9 @@ def match_episode(episode: Episode) -> template.Matches:
     return template.match([images.read_image(f) for f in episode.frames], crop, reduction=reduction)
 
 
-def summarise(tracks: Sequence[BoxTrack], truths: Sequence[BoxTrack], groups: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
+def summarise(
+    tracks: Sequence[BoxTrack], truths: Sequence[BoxTrack], groups: Sequence[str], *, seed: int = 0
+) -> dict[str, Any]:
     """The measures of one way of answering, each with the interval over videos."""
     names = sorted(set(groups))
     members = [[i for i, g in enumerate(groups) if g == name] for name in names]

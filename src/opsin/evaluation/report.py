@@ -38,10 +38,8 @@ def commit() -> str | None:
     """Commit of the checkout that this package runs from, with "+" when files differ from it; None when installed."""
     folder = Path(__file__).parent
     try:
-        # The pathspec leaves out what a measurement itself writes.
-        asked = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "timeout": 10, "cwd": folder}
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], check=True, **asked).stdout.strip()  # type: ignore[call-overload]
-        changed = subprocess.run(["git", "status", "--porcelain", "--", ".."], check=True, **asked).stdout  # type: ignore[call-overload]
+        head = _git(folder, "rev-parse", "--short=12", "HEAD").strip()
+        changed = _git(folder, "status", "--porcelain", "--", "..")  # only the package: reports may lie beside it
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changed.strip() else "")
@@ -84,7 +82,8 @@ def tidy(value: Any) -> Any:
 def bootstrap(
     statistic: Callable[[np.ndarray], float], units: int, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of ``statistic(rows)`` when the ``units`` that were measured are drawn again with replacement.
+    """Percentile interval of ``statistic(rows)`` when the ``units`` that were measured are drawn again with
+    replacement.
 
     ``rows`` are unit numbers; a unit is what is independent (an image, not a segment of it; a video, not an episode).
     """
@@ -97,7 +96,9 @@ def bootstrap(
     return float(low), float(high)
 
 
-def clustered_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[int], **options: Any) -> dict[str, Any]:
+def clustered_mean(
+    values: Sequence[float] | np.ndarray, clusters: Sequence[int] | np.ndarray, **options: Any
+) -> dict[str, Any]:
     """Mean of ``values`` with its bootstrap interval; values of one cluster are drawn together."""
     array, owners = np.asarray(values, dtype=np.float64), np.unique(clusters, return_inverse=True)[1]
     if not len(array):
@@ -108,6 +109,12 @@ def clustered_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[int]
         return float(totals[rows].sum() / counts[rows].sum())
 
     return {"mean": float(array.mean()), "interval": bootstrap(mean, len(counts), **options), "count": len(array)}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=10
+    ).stdout
 
 
 def _version(package: str) -> str | None:

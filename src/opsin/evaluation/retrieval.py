@@ -103,10 +103,14 @@ def collect(records: Sequence[SegmentedImage], rows: Describe, *, min_area: int 
     return found
 
 
-def score(queries: Segments, gallery: Segments, *, seed: int = 0, names: Mapping[int, str] | None = None) -> dict[str, Any]:
-    """Top-1 and top-5 of every descriptor, with intervals, split by things and stuff, per category, and the differences.
+def score(
+    queries: Segments, gallery: Segments, *, seed: int = 0, names: Mapping[int, str] | None = None
+) -> dict[str, Any]:
+    """Top-1 and top-5 of every descriptor, with intervals, split by things and stuff, per category, and the
+    differences.
 
-    Queries whose category the gallery lacks can never be right; they count as wrong and ``answerable`` says how many are not.
+    Queries whose category the gallery lacks can never be right; they count as wrong and ``answerable`` says how many
+    are not.
     """
     truth, offered = torch.tensor(queries.categories), torch.tensor(gallery.categories)
     images, things = np.array(queries.images), np.array(queries.things)
@@ -116,8 +120,11 @@ def score(queries: Segments, gallery: Segments, *, seed: int = 0, names: Mapping
         match = offered[ranked] == truth[:, None]
         right[name] = {k: match[:, :k].any(1).numpy().astype(float) for k in RANKS}
     subsets = {"all": np.ones(len(images), dtype=bool), "things": things, "stuff": ~things}
-    results = {
-        name: {f"top{k}": {s: report.clustered_mean(hit[k][rows], images[rows], seed=seed) for s, rows in subsets.items()} for k in RANKS}
+    results: dict[str, dict[str, Any]] = {
+        name: {
+            f"top{k}": {s: report.clustered_mean(hit[k][rows], images[rows], seed=seed) for s, rows in subsets.items()}
+            for k in RANKS
+        }
         for name, hit in right.items()
     }
     for name, hit in right.items():
@@ -152,9 +159,13 @@ def evaluate(
     seed: int = 0,
     names: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
-    """Measure ``model`` on annotated images: ``queries`` are looked up in ``gallery``; ``min_area`` pixels, ``size`` as in ``describe``."""
+    """Measure ``model`` on annotated images: ``queries`` are looked up in ``gallery``; ``min_area`` pixels, ``size`` as
+    in ``describe``.
+    """
     if not queries or not gallery:
         raise InputError("Retrieval needs query images and gallery images", got=(len(queries), len(gallery)))
     rows = describe(model, size)
-    found = score(collect(queries, rows, min_area=min_area), collect(gallery, rows, min_area=min_area), seed=seed, names=names)
+    found = score(
+        collect(queries, rows, min_area=min_area), collect(gallery, rows, min_area=min_area), seed=seed, names=names
+    )
     return {"min_area": min_area, "size": size or model.card.image_size, **found}

@@ -1,7 +1,7 @@
 """Baseline for visual queries: normalised cross-correlation of the query crop with every frame, at several sizes.
 
-The frame score is the largest correlation; the answer is the last run of frames whose smoothed score reaches a threshold,
-each with its best box. The threshold is chosen on the episodes of *other* videos.
+The frame score is the largest correlation; the answer is the last run of frames whose smoothed score reaches a
+threshold, each with its best box. The threshold is chosen on the episodes of *other* videos.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ RELATIVE = tuple(np.arange(0.6, 1.0, 0.025).round(3).tolist())
 
 @dataclass(frozen=True)
 class Rule:
-    """When a frame counts: smoothed score ≥ ``level``, or ≥ ``level`` times the largest one of the video (``relative``)."""
+    """When a frame counts: smoothed score ≥ ``level``, or ≥ ``level`` times the largest one of the video
+    (``relative``).
+    """
 
     level: float
     relative: bool = False
@@ -36,7 +38,9 @@ RULES = tuple(Rule(v) for v in ABSOLUTE) + tuple(Rule(v, True) for v in RELATIVE
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """Best correlation ``scores (T,)`` in [-1, 1] of every frame and where, ``boxes (T, 4)`` xyxy in that frame's pixels."""
+    """Best correlation ``scores (T,)`` in [-1, 1] of every frame and where, ``boxes (T, 4)`` xyxy in that frame's
+    pixels.
+    """
 
     scores: np.ndarray
     boxes: np.ndarray
@@ -47,7 +51,9 @@ def grey(image: Tensor) -> np.ndarray:
     return (image[:3].float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0).numpy()
 
 
-def match_frame(frame: Tensor, crop: Tensor, *, scales: Sequence[float] = SCALES) -> tuple[float, tuple[float, float, float, float]]:
+def match_frame(
+    frame: Tensor, crop: Tensor, *, scales: Sequence[float] = SCALES
+) -> tuple[float, tuple[float, float, float, float]]:
     """Largest correlation of ``crop (3, h, w)``, resized by each of ``scales``, with ``frame (3, H, W)``, and its box.
 
     Scales at which the crop is smaller than 6 pixels or larger than the frame are left out; none left gives -1.
@@ -69,7 +75,9 @@ def match_frame(frame: Tensor, crop: Tensor, *, scales: Sequence[float] = SCALES
     return best, box
 
 
-def match(frames: Sequence[Tensor], crop: Tensor, *, reduction: float = 1.0, scales: Sequence[float] = SCALES) -> Matches:
+def match(
+    frames: Sequence[Tensor], crop: Tensor, *, reduction: float = 1.0, scales: Sequence[float] = SCALES
+) -> Matches:
     """``match_frame`` over a video; ``reduction`` ≤ 1 shrinks frames and crop alike first, to save time."""
 
     def shrink(image: Tensor) -> Tensor:
@@ -83,7 +91,9 @@ def match(frames: Sequence[Tensor], crop: Tensor, *, reduction: float = 1.0, sca
 
 
 def last_occurrence(matches: Matches, rule: Rule, *, window: int = 5) -> BoxTrack:
-    """The last run of frames that ``rule`` accepts after a median filter of ``window`` frames; empty when there is none."""
+    """The last run of frames that ``rule`` accepts after a median filter of ``window`` frames; empty when there is
+    none.
+    """
     from scipy.ndimage import median_filter
 
     if not len(matches.scores):
@@ -96,7 +106,9 @@ def last_occurrence(matches: Matches, rule: Rule, *, window: int = 5) -> BoxTrac
     breaks = np.flatnonzero(np.diff(accepted) > 1)
     first = int(accepted[breaks[-1] + 1]) if len(breaks) else int(accepted[0])
     frames = torch.arange(first, int(accepted[-1]) + 1)
-    return BoxTrack(frames, torch.from_numpy(matches.boxes[first : int(accepted[-1]) + 1]), float(smooth[frames.numpy()].max()))
+    return BoxTrack(
+        frames, torch.from_numpy(matches.boxes[first : int(accepted[-1]) + 1]), float(smooth[frames.numpy()].max())
+    )
 
 
 def quality(matches: Sequence[Matches], truths: Sequence[BoxTrack], rule: Rule) -> float:

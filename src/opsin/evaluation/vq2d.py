@@ -98,8 +98,8 @@ def recovered_frames(prediction: BoxTrack, truth: BoxTrack, threshold: float = 0
 def average_precision(scores: Sequence[float], overlaps: Sequence[float], threshold: float, truths: int) -> float:
     """Pascal VOC all-point average precision, in [0, 1].
 
-    ``scores`` and ``overlaps`` of every answer given, each the only one of its query; an answer is right when its overlap
-    is at least ``threshold``. ``truths`` queries have a true track.
+    ``scores`` and ``overlaps`` of every answer given, each the only one of its query; an answer is right when its
+    overlap is at least ``threshold``. ``truths`` queries have a true track.
     """
     if truths < 1:
         raise InputError("There is at least one true track", got=truths)

@@ -1,7 +1,7 @@
 """Objects from tokens: point prompts on a frozen backbone's features become a few region tokens per image.
 
-``RegionModel`` is the door; ``RegionEncoder`` the network; ``aggregate`` the grouping; ``TransferModel`` takes the regions of one
-model and the tokens of another.
+``RegionModel`` is the door; ``RegionEncoder`` the network; ``aggregate`` the grouping; ``TransferModel`` takes the
+regions of one model and the tokens of another.
 """
 
 from opsin.regions.aggregate import Groups, group

@@ -71,8 +71,9 @@ def numbered(labels: Tensor) -> Groups:
 def connected_components(tokens: Tensor, threshold: float) -> Tensor:
     """Component label ``(P,)`` of each token ``(P, D)``; an edge joins tokens of cosine ≥ ``threshold``.
 
-    Single linkage, as published. Every round each component takes the smallest label that it touches and labels are then
-    followed to their root, so the number of rounds grows with the logarithm of the longest chain; all rounds are matrix work.
+    Single linkage, as published. Every round each component takes the smallest label that it touches and labels are
+    then followed to their root, so the number of rounds grows with the logarithm of the longest chain; all rounds are
+    matrix work.
     """
     unit = F.normalize(tokens, dim=-1)
     edges = unit @ unit.T >= threshold
@@ -113,8 +114,9 @@ def group(
     """Group prompts by their tokens ``(P, D)``.
 
     ``threshold``: cosine in [-1, 1]. ``method``: ``"components"`` (published, single linkage) or ``"average"`` linkage.
-    Regions of fewer than ``min_size`` prompts are left out. ``compat="published"`` keeps only components of three prompts or more and
-    raises ``InvalidPrompt`` when none is left; otherwise no region is an empty result. Source: REN §4.2 of the published code.
+    Regions of fewer than ``min_size`` prompts are left out. ``compat="published"`` keeps only components of three
+    prompts or more and raises ``InvalidPrompt`` when none is left; otherwise no region is an empty result. Source:
+    REN §4.2 of the published code.
     """
     if compat not in (None, "published"):
         raise InvalidConfig('compat is None or "published"', got=compat)

@@ -1,4 +1,4 @@
-"""Where the weights of a region model are: embedded, saved by Opsin, or a published ``checkpoint.pth`` that is converted once."""
+"""Where the weights of a region model are: embedded, saved by Opsin, or a published checkpoint, converted once."""
 
 from __future__ import annotations
 
@@ -39,11 +39,15 @@ def locate_weights(ref: str) -> RegionWeights:
     card = hub.card_of(ref)
     if card is not None and card.kind != "regions":
         raise InvalidConfig(
-            "A region model is wanted here", got=f'"{ref}", a {card.kind}', remedy='"opsin models" tells the kinds apart.'
+            "A region model is wanted here",
+            got=f'"{ref}", a {card.kind}',
+            remedy='"opsin models" tells the kinds apart.',
         )
     if card is not None and card.regions:
         raise InvalidConfig(
-            "Regions of one model with tokens of another are a TransferModel", got=f'"{ref}"', remedy="opsin.load builds it."
+            "Regions of one model with tokens of another are a TransferModel",
+            got=f'"{ref}"',
+            remedy="opsin.load builds it.",
         )
     if card is not None and card.files == (PUBLISHED_FILE,):
         return _read_folder(_converted(card))
@@ -56,7 +60,10 @@ def convert_published(path: str | Path, card: ModelCard, folder: Path | None = N
     The file is read without executing anything in it and on any device. ``folder`` defaults to the cache.
     """
     state = _published_state(Path(path))
-    expected = {key: tuple(value.shape) for key, value in RegionEncoder(card.dim, heads=card.heads, layers=card.layers).state_dict().items()}
+    expected = {
+        key: tuple(value.shape)
+        for key, value in RegionEncoder(card.dim, heads=card.heads, layers=card.layers).state_dict().items()
+    }
     hub.check_keys(state, expected, f"{card.name} ({path})")
     folder = folder or hub.cache_dir() / "converted" / card.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +84,9 @@ def _published_state(path: Path) -> dict[str, Tensor]:
     state = content.get(PUBLISHED_STATE) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         keys = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-        raise InvalidCheckpoint(f'A published REN checkpoint holds a state dict under "{PUBLISHED_STATE}"', got=f"{keys} in {path}")
+        raise InvalidCheckpoint(
+            f'A published REN checkpoint holds a state dict under "{PUBLISHED_STATE}"', got=f"{keys} in {path}"
+        )
     return state
 
 
@@ -104,5 +113,3 @@ def _read_folder(folder: Path) -> RegionWeights:
     if not backbone:
         raise InvalidCheckpoint("The card of a region model names its backbone", got=f"none in {folder}")
     return RegionWeights(card, hub.load_safetensors(folder / REGION_WEIGHTS), backbone)
-
-

@@ -1,7 +1,8 @@
 """The region encoder of REN (arXiv 2505.18153): point prompts attend to a feature map and become region tokens.
 
-State-dict keys are the published ones. Positions are computed where they are needed, so any grid, any aspect and sub-pixel prompts
-work; attention is fused; the keys and values of an image do not depend on the prompts and can be kept (``RegionMemory``).
+State-dict keys are the published ones. Positions are computed where they are needed, so any grid, any aspect and
+sub-pixel prompts work; attention is fused; the keys and values of an image do not depend on the prompts and can be kept
+(``RegionMemory``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ FOURIER_SEED = 42
 def fourier_matrix(dim: int, seed: int = FOURIER_SEED) -> Tensor:
     """The random matrix ``(2, dim / 2)`` float32 of the position code.
 
-    The published widths ship as data, because the same seed draws values that differ by 1e-6 between kinds of processor.
+    The published widths ship as data, because the same seed draws values that differ by 1e-6 between kinds of
+    processor.
     """
     if seed == FOURIER_SEED:
         shipped = load_safetensors((resources.files("opsin.regions") / "fourier.safetensors").read_bytes())
@@ -133,12 +135,20 @@ class RegionAttention(nn.Module):
 class RegionEncoder(nn.Module):
     """Feature map and point prompts → region tokens.
 
-    ``dim`` is the channel count of the backbone, a multiple of ``2 · heads``. Tokens of different prompts do not see each other, so
-    ``prompt_chunk`` bounds the memory and changes nothing. Source: REN, section 3; the published ``model.py``.
+    ``dim`` is the channel count of the backbone, a multiple of ``2 · heads``. Tokens of different prompts do not see
+    each other, so ``prompt_chunk`` bounds the memory and changes nothing. Source: REN, section 3; the published
+    ``model.py``.
     """
 
     def __init__(
-        self, dim: int, *, heads: int = 8, layers: int = 4, dropout: float = 0.1, seed: int = FOURIER_SEED, prompt_chunk: int = 4096
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        layers: int = 4,
+        dropout: float = 0.1,
+        seed: int = FOURIER_SEED,
+        prompt_chunk: int = 4096,
     ) -> None:
         super().__init__()
         if dim % (2 * heads) and dim % heads:
@@ -164,7 +174,9 @@ class RegionEncoder(nn.Module):
         try:
             dim = state["prompt_proj.weight"].shape[0]
         except KeyError as error:
-            raise InvalidCheckpoint('A region encoder has the key "prompt_proj.weight"', got=f"{sorted(state)[:3]} …") from error
+            raise InvalidCheckpoint(
+                'A region encoder has the key "prompt_proj.weight"', got=f"{sorted(state)[:3]} …"
+            ) from error
         depth = len({key.split(".")[1] for key in state if key.startswith("region_attention_layers.")})
         encoder = cls(dim, heads=heads, layers=depth, **options)  # type: ignore[arg-type]
         try:
@@ -191,7 +203,7 @@ class RegionEncoder(nn.Module):
         attentions = [layer.cross_attn for layer in self.region_attention_layers]
         keys = tuple(a.keys(cells) for a in attentions)
         # The last layer reads the features themselves, so that its tokens stay in their space.
-        values = tuple(a.split(a.v_proj(cells)) for a in attentions[:-1]) + (attentions[-1].split(cells),)
+        values = (*(a.split(a.v_proj(cells)) for a in attentions[:-1]), attentions[-1].split(cells))
         return RegionMemory(keys, values, grid)
 
     def decode(self, memory: RegionMemory, points: Tensor) -> RegionOutput:

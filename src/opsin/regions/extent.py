@@ -1,6 +1,8 @@
-"""How far a region reaches: masks and boxes from superpixels where there are some, else from the attention of its prompts."""
+"""How far a region reaches: masks and boxes from superpixels, else from the attention of its prompts."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -37,7 +39,7 @@ def label_run_lengths(labels: np.ndarray, count: int) -> tuple[RunLengthMask, ..
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(count + 1))
     masks = []
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+    for low, high in pairwise(bounds):
         mine = order[low:high]
         edges = np.stack([starts[mine], ends[mine]], -1).ravel()
         runs = np.diff(np.concatenate([[0], edges, [flat.size]]))
@@ -45,8 +47,10 @@ def label_run_lengths(labels: np.ndarray, count: int) -> tuple[RunLengthMask, ..
     return tuple(masks)
 
 
-def attention_maps(encoder: RegionEncoder, memory: RegionMemory, points: Tensor, groups: Groups, chunk: int = 256) -> Tensor:
-    """Where each region looks, ``(R, h, w)`` with maximum 1: attention of the last layer, mean over heads and members."""
+def attention_maps(
+    encoder: RegionEncoder, memory: RegionMemory, points: Tensor, groups: Groups, chunk: int = 256
+) -> Tensor:
+    """Where each region looks, ``(R, h, w)``, maximum 1: last layer's attention, mean over heads and members."""
     maps = []
     for part in points.split(chunk, dim=1):
         logits = encoder.attention(memory, part)[0]
@@ -58,7 +62,7 @@ def attention_maps(encoder: RegionEncoder, memory: RegionMemory, points: Tensor,
 def attention_extent(
     maps: Tensor, transform: ImageTransform, *, level: float = 0.5, with_masks: bool = False
 ) -> tuple[Tensor, tuple[RunLengthMask, ...] | None]:
-    """Boxes ``(R, 4)`` in original pixels, and masks on request, of where ``maps (R, h, w)`` reach ``level`` of their maximum."""
+    """Boxes ``(R, 4)`` in original pixels, and masks on request, of where ``maps (R, h, w)`` reach ``level``."""
     if with_masks:
         masks = [(unfit(m[None].float(), transform)[0] >= level) for m in maps.cpu()]
         boxes = mask_boxes(torch.stack(masks)) if masks else torch.zeros((0, 4))

@@ -16,10 +16,10 @@ def load(
 ) -> RegionModel | TransferModel:
     """The model called ``name``, ready to ``encode``.
 
-    ``name``: a catalogue name (``opsin models`` lists them), ``"hf:org/repo@rev"``, ``"dir:path"``, the path of a published
-    ``checkpoint.pth``, or ``"REGIONS+BACKBONE"`` to describe the regions of one model by the tokens of another. ``device=None`` takes
-    the accelerator where there is one; ``dtype``: None is float32, ``"auto"`` bfloat16 where it is fast.
-    Raises ``UnknownModel``, ``GatedModel``, ``ModelUnavailable``, ``InvalidCheckpoint``.
+    ``name``: a catalogue name (``opsin models`` lists them), ``"hf:org/repo@rev"``, ``"dir:path"``, the path of a
+    published ``checkpoint.pth``, or ``"REGIONS+BACKBONE"`` to describe the regions of one model by the tokens of
+    another. ``device=None`` takes the accelerator where there is one; ``dtype``: None is float32, ``"auto"``
+    bfloat16 where it is fast. Raises ``UnknownModel``, ``GatedModel``, ``ModelUnavailable``, ``InvalidCheckpoint``.
     """
     ref = str(name)
     if "+" in ref and not Path(ref).exists():

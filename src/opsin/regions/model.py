@@ -59,22 +59,27 @@ class RegionModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, ref: str | Path = "opsin-tiny", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+        cls,
+        ref: str | Path = "opsin-tiny",
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> RegionModel:
-        """A model by catalogue name, ``"hf:org/repo@rev"``, ``"dir:path"``, or the path of a published ``checkpoint.pth``.
+        """A model by catalogue name, ``"hf:org/repo@rev"``, ``"dir:path"``, or the path of a published
+        ``checkpoint.pth``.
 
-        ``device=None`` takes the machine's accelerator, else the CPU; ``dtype`` None is float32, ``"auto"`` bfloat16 where
-        it is fast and the card allows it.
+        ``device=None`` takes the machine's accelerator, else the CPU; ``dtype`` None is float32, ``"auto"`` bfloat16
+        where it is fast and the card allows it.
         """
         weights = locate_weights(str(ref))
         place = runtime.resolve_device(device)
         precision = runtime.resolve_dtype(dtype, place, allow_bfloat16=weights.card.bfloat16)
         backbone = backbones.load(weights.backbone, device=place, dtype=precision)
-        encoder = RegionEncoder.from_state_dict(weights.state).to(place, precision)
-        return cls(backbone, encoder, weights.card)
+        encoder = RegionEncoder.from_state_dict(weights.state, heads=weights.card.heads, seed=weights.card.seed)
+        return cls(backbone, encoder.to(place, precision), weights.card)
 
     def save_pretrained(self, folder: str | Path, *, embed_backbone: bool = False) -> Path:
-        """Write ``card.json`` and ``regions.safetensors``; with ``embed_backbone`` the backbone too, so that it stands alone."""
+        """Write ``card.json`` and ``regions.safetensors``; with ``embed_backbone`` the backbone's files too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         card = self.card
@@ -87,7 +92,9 @@ class RegionModel(nn.Module):
 
     def push_to_hub(self, repo: str, *, private: bool = False, embed_backbone: bool = False) -> str:
         """Upload what ``save_pretrained`` writes to the Hugging Face repository ``repo``; returns its address."""
-        return hub.upload(lambda folder: self.save_pretrained(folder, embed_backbone=embed_backbone), repo, private=private)
+        return hub.upload(
+            lambda folder: self.save_pretrained(folder, embed_backbone=embed_backbone), repo, private=private
+        )
 
     @property
     def name(self) -> str:
@@ -100,7 +107,9 @@ class RegionModel(nn.Module):
         return self.encoder.dim
 
     @torch.inference_mode()
-    def features(self, images: ImageSource | Sequence[ImageSource], *, size: int | None = None, batch_size: int = 8) -> list[FeatureMap]:
+    def features(
+        self, images: ImageSource | Sequence[ImageSource], *, size: int | None = None, batch_size: int = 8
+    ) -> list[FeatureMap]:
         """Feature maps of images, one each: the expensive step, done once per image."""
         return self.backbone.encode(images, size=size or self.card.image_size, fit=self.card.fit, batch_size=batch_size)
 
@@ -109,7 +118,9 @@ class RegionModel(nn.Module):
         """What prompts need to know of an image; with it, new prompts cost only their own side."""
         if features.model != self.backbone.name:
             raise IncompatibleModel(
-                "Features must come from the backbone of this model", got=features.model, remedy=f"Encode with {self.backbone.name}."
+                "Features must come from the backbone of this model",
+                got=features.model,
+                remedy=f"Encode with {self.backbone.name}.",
             )
         return self.encoder.memory(runtime.to_model(features.features, self.encoder)[None])
 
@@ -127,10 +138,11 @@ class RegionModel(nn.Module):
     ) -> RegionTokens:
         """Regions of one or several images, as one table.
 
-        Without own prompts the image is asked on superpixels (``prompts="slic"``) or a grid, and prompts with like tokens are merged.
-        ``points`` (P, 2), ``boxes`` (K, 4) or ``masks`` (K, H, W), per image, in original pixels: one row per prompt, in order,
-        nothing merged; for several images a list of such arrays. ``size``: side of the square model input. Further options:
-        those of ``encode_features``. Zero regions is a legal result. Raises ``InvalidImage``, ``InvalidPrompt``, ``InvalidConfig``.
+        Without own prompts the image is asked on superpixels (``prompts="slic"``) or a grid, and prompts with like
+        tokens are merged. ``points`` (P, 2), ``boxes`` (K, 4) or ``masks`` (K, H, W), per image, in original pixels:
+        one row per prompt, in order, nothing merged; for several images a list of such arrays. ``size``: side of the
+        square model input. Further options: those of ``encode_features``. Zero regions is a legal result. Raises
+        ``InvalidImage``, ``InvalidPrompt``, ``InvalidConfig``.
         """
         pictures = read_images(images)
         single = len(pictures) == 1
@@ -165,9 +177,10 @@ class RegionModel(nn.Module):
         """As ``encode``, from feature maps: ask the same images again without running the backbone.
 
         ``pictures`` (3, H, W), needed for superpixels; ``memories`` from ``memory`` saves the keys and values too.
-        ``grid_size`` prompts per side; ``threshold`` cosine, ``grouping`` and ``min_size`` as in ``aggregate.group``, the defaults from
-        the model's card; ``merge=False`` leaves one row per prompt. ``token``: ``"pred"`` names regions, ``"proj"`` lives in the
-        backbone's space. ``with_masks`` adds run-length masks. ``compat="published"``: REN's rules for small groups.
+        ``grid_size`` prompts per side; ``threshold`` cosine, ``grouping`` and ``min_size`` as in
+        ``aggregate.group``, the defaults from the model's card; ``merge=False`` leaves one row per prompt.
+        ``token``: ``"pred"`` names regions, ``"proj"`` lives in the backbone's space. ``with_masks`` adds run-length
+        masks. ``compat="published"``: REN's rules for small groups.
         """
         if sum(p is not None for p in (points, boxes, masks)) > 1:
             raise InvalidPrompt("Prompts are points, or boxes, or masks", got="more than one kind")
@@ -175,7 +188,13 @@ class RegionModel(nn.Module):
             raise InvalidConfig('token is "pred" or "proj"', got=token)
         own = [points, boxes, masks]
         asked = [
-            self._prompts(f, None if pictures is None else pictures[i], prompts, *(None if o is None else o[i] for o in own), grid_size)
+            self._prompts(
+                f,
+                None if pictures is None else pictures[i],
+                prompts,
+                *(None if o is None else o[i] for o in own),
+                grid_size,
+            )
             for i, f in enumerate(features)
         ]
         rule = {
@@ -203,7 +222,7 @@ class RegionModel(nn.Module):
         point: Sequence[float] | Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Query:
-        """What to look for: the object in ``box``, under ``point`` or in ``mask``, or the whole image when it is a crop."""
+        """What to look for: the object in ``box``, under ``point``, in ``mask``, or the whole image as a crop."""
         picture = read_images(image)[0]
         if box is None and point is None and mask is None:
             box = (0, 0, picture.shape[2], picture.shape[1])
@@ -215,7 +234,14 @@ class RegionModel(nn.Module):
         return Query(self.encode(picture, **asked).tokens, self.name, "crop" if box is not None else "image")
 
     def _prompts(
-        self, features: FeatureMap, picture: Tensor | None, kind: str, points: Any, boxes: Any, masks: Any, grid_size: int | None
+        self,
+        features: FeatureMap,
+        picture: Tensor | None,
+        kind: str,
+        points: Any,
+        boxes: Any,
+        masks: Any,
+        grid_size: int | None,
     ) -> _Asked:
         transform = features.transform
         if points is not None:
@@ -248,7 +274,7 @@ class RegionModel(nn.Module):
         return _Asked(spread / canvas, transform.to_original(spread), None, found.labels, own)
 
     def _decode(self, memories: Sequence[RegionMemory], points: Sequence[Tensor]) -> list[RegionOutput]:
-        """Tokens of each image's prompts; images of one grid go through together, shorter lists padded and cut again."""
+        """Tokens of each image's prompts; images of one grid go through together, shorter lists padded."""
         if len({m.grid for m in memories}) > 1 or len(memories) == 1:
             device = memories[0].keys[0].device
             return [self.encoder.decode(m, p.to(device)[None]) for m, p in zip(memories, points, strict=True)]
@@ -261,11 +287,19 @@ class RegionModel(nn.Module):
         padded = torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in points]).to(joint.keys[0].device)
         output = self.encoder.decode(joint, padded)
         return [
-            RegionOutput(output.pred_tokens[i : i + 1, : len(p)], output.proj_tokens[i : i + 1, : len(p)]) for i, p in enumerate(points)
+            RegionOutput(output.pred_tokens[i : i + 1, : len(p)], output.proj_tokens[i : i + 1, : len(p)])
+            for i, p in enumerate(points)
         ]
 
     def _regions(
-        self, features: FeatureMap, memory: RegionMemory, asked: _Asked, output: RegionOutput, rule: Any, token: Token, with_masks: bool
+        self,
+        features: FeatureMap,
+        memory: RegionMemory,
+        asked: _Asked,
+        output: RegionOutput,
+        rule: Any,
+        token: Token,
+        with_masks: bool,
     ) -> RegionTokens:
         pred = output.pred_tokens[0]
         pred = pred.to(torch.promote_types(pred.dtype, torch.float32))

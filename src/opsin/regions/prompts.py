@@ -40,8 +40,8 @@ def grid_points(size: Size, count: int | Size) -> Tensor:
 def superpixel_points(labels: np.ndarray, pad_to: int | None = None) -> np.ndarray:
     """One pixel ``(S, 2)`` int64 ``(row, col)`` inside each label ``0 … max`` of ``labels (H, W)``.
 
-    The centre of mass, rounded half to even; where that pixel belongs to a neighbour, the middle one of the label's own pixels.
-    ``pad_to`` repeats the last point up to that many, as the published code does to make batches.
+    The centre of mass, rounded half to even; where that pixel belongs to a neighbour, the middle one of the label's
+    own pixels. ``pad_to`` repeats the last point up to that many, as the published code does to make batches.
     """
     height, width = labels.shape
     flat = labels.ravel().astype(np.int64)

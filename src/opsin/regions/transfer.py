@@ -1,7 +1,7 @@
 """XREN (REN, section 5): one encoder finds the regions, another supplies the tokens, with no training.
 
-SigLIP's own attention-pooling head is run over the patches of each region, so the tokens stay comparable with its text; features
-without such a head are averaged.
+SigLIP's own attention-pooling head is run over the patches of each region, so the tokens stay comparable with its
+text; features without such a head are averaged.
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ from opsin.regions.model import RegionModel, stack
 from opsin.types import FeatureMap, RegionTokens
 
 
-def mask_weights(masks: Tensor, transform: ImageTransform, grid: tuple[int, int], *, compat: str | None = None) -> Tensor:
+def mask_weights(
+    masks: Tensor, transform: ImageTransform, grid: tuple[int, int], *, compat: str | None = None
+) -> Tensor:
     """How much of each patch lies in each region: ``masks (R, H, W)`` in original pixels → ``(R, h·w)`` in [0, 1].
 
-    By default the covered share of the patch. ``compat="published"`` takes the mask's value at the top-left pixel of the patch,
-    and needs masks at the size of the canvas.
+    By default the covered share of the patch. ``compat="published"`` takes the mask's value at the top-left pixel of
+    the patch, and needs masks at the size of the canvas.
     """
     if compat == "published":
         if tuple(masks.shape[1:]) != transform.canvas:
-            raise InvalidPrompt("The published rule needs masks of the canvas size", got=tuple(masks.shape[1:]), remedy=f"{transform.canvas}")
+            raise InvalidPrompt(
+                "The published rule needs masks of the canvas size",
+                got=tuple(masks.shape[1:]),
+                remedy=f"{transform.canvas}",
+            )
         return F.interpolate(masks[:, None].float(), size=grid, mode="nearest")[:, 0].flatten(1)
     x1, y1, x2, y2 = (round(v) for v in transform.content)
     inner = F.interpolate(masks[:, None].float(), size=(max(1, y2 - y1), max(1, x2 - x1)), mode="area")
@@ -42,15 +48,16 @@ def mask_weights(masks: Tensor, transform: ImageTransform, grid: tuple[int, int]
 
 
 def mean_pool(features: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean ``(R, D)`` of patch features ``(N, D)`` under ``weights (R, N)``; zeros where a region has no patch."""
+    """Weighted mean ``(R, D)`` of patch features ``(N, D)`` under ``weights (R, N)``; zeros without a patch."""
     return weights.to(features.dtype) @ features / weights.sum(-1, keepdim=True).clamp(min=1e-6).to(features.dtype)
 
 
 def attention_pool(head: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
     """SigLIP's pooling head over part of an image: ``features (N, D)`` and ``weights (R, N)`` → ``(R, D)``.
 
-    The learned query is the same for every region, so logits and values are computed once; a weight enters as its logarithm, and a
-    weight of one or zero is the published masking. A region without a patch gets what the head says of nothing: its bias.
+    The learned query is the same for every region, so logits and values are computed once; a weight enters as its
+    logarithm, and a weight of one or zero is the published masking. A region without a patch gets what the head says
+    of nothing: its bias.
     """
     attention, probe = head.attention, head.probe[0]
     dim, heads = attention.embed_dim, attention.num_heads
@@ -119,7 +126,7 @@ class TransferModel(nn.Module):
         batch_size: int = 8,
         **options: Any,
     ) -> RegionTokens:
-        """As ``RegionModel.encode``, with the tokens of the target. ``compat="published"``: REN's grouping and mask rules."""
+        """As ``RegionModel.encode``, with the target's tokens. ``compat="published"``: REN's grouping and mask rules."""
         pictures = read_images(images)
         options = {"grid_size": self.card.grid_size, "threshold": self.card.threshold, "compat": compat} | options
         found = self.regions.encode(pictures, with_masks=True, batch_size=batch_size, **options)
@@ -131,7 +138,7 @@ class TransferModel(nn.Module):
         return stack(tables, self.name, self.dim)
 
     def pool(self, features: FeatureMap, masks: Tensor, *, compat: str | None = None) -> Tensor:
-        """Tokens ``(R, D)`` of regions ``masks (R, H, W)``: the target's pooling head where it has one, else the mean."""
+        """Tokens ``(R, D)`` of regions ``masks (R, H, W)``: by the target's pooling head, or the mean without one."""
         if compat == "published":  # its masks live on the square canvas
             scaled = F.interpolate(masks[:, None].float(), size=features.transform.canvas, mode="nearest")[:, 0]
             weights = mask_weights(scaled, features.transform, features.grid, compat=compat)

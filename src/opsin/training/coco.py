@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from opsin.errors import InvalidDataset, MissingFile
 from opsin.geometry import Size
 from opsin.images import read_image
-from opsin.training.maps import RegionMaps
+from opsin.training.maps import RegionMaps, distinct, nearest
 from opsin.training.sources import Sample, Source, need_folder, read_labels, square
 
 
@@ -128,10 +128,10 @@ class CocoPanoptic(_Coco):
 
     def read(self, index: int, size: int, rng: np.random.Generator, shared: np.random.Generator) -> Sample:
         note = self.entries[index][1][0]
-        ids = read_labels(self.labels / note["file_name"])
+        ids = nearest(read_labels(self.labels / note["file_name"]), (size, size))
         number = {s["id"]: i for i, s in enumerate(note["segments_info"])}
-        values, inverse = np.unique(ids, return_inverse=True)
+        values, places = distinct(ids)
         table = np.array([number.get(int(v), -1) for v in values], np.int16)
         categories = [self._category[s["category_id"]] for s in note["segments_info"]]
-        regions = RegionMaps._build([table[inverse].reshape(ids.shape)], len(number), categories)
-        return Sample(square(read_image(self._path(index)), size), regions.resize((size, size)))
+        regions = RegionMaps.build([table[places]], len(number), categories)
+        return Sample(square(read_image(self._path(index)), size), regions)

@@ -12,6 +12,26 @@ from torch import Tensor
 from opsin.errors import InvalidDataset
 from opsin.geometry import Size
 
+MOST = int(np.iinfo(np.int16).max)
+
+
+def nearest(labels: np.ndarray, size: Size) -> np.ndarray:
+    """A label map ``(H, W)`` at another size, by the nearest pixel."""
+    rows, cols = (
+        np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
+        for new, old in zip(size, labels.shape, strict=True)
+    )
+    return np.ascontiguousarray(labels[rows[:, None], cols])
+
+
+def distinct(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a label map ``(H, W)``, ascending, and the place of each pixel's value among them ``(H, W)``."""
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= 2**16:
+        values, places = np.unique(labels, return_inverse=True)
+        return values, places.reshape(labels.shape)
+    present = np.bincount(labels.ravel()) > 0  # small numbers need no sorting
+    return np.flatnonzero(present), (np.cumsum(present) - 1)[labels]
+
 
 @dataclass(frozen=True, eq=False)
 class RegionMaps:
@@ -43,27 +63,30 @@ class RegionMaps:
                 layers.append(home)
             home[mask] = number
             count = number + 1
-        return cls._build(layers, count, categories)
+        return cls.build(layers, count, categories)
 
     @classmethod
     def from_labels(cls, maps: Iterable[np.ndarray], ignore: int = 0) -> RegionMaps:
         """From label maps ``(H, W)`` of whole numbers, each value other than ``ignore`` being one region."""
         layers, count = [], 0
         for labels in maps:
-            values, inverse = np.unique(labels, return_inverse=True)
-            table = np.full(len(values), -1, np.int64)
+            values, places = distinct(labels)
+            table = np.full(len(values), -1, np.int16)
             kept = values != ignore
+            if count + int(kept.sum()) > MOST:
+                raise InvalidDataset(f"An image has at most {MOST} regions", got=count + int(kept.sum()))
             table[kept] = count + np.arange(int(kept.sum()))
-            layers.append(table[inverse].reshape(labels.shape).astype(np.int16))
+            layers.append(table[places])
             count += int(kept.sum())
-        return cls._build(layers, count, None)
+        return cls.build(layers, count, None)
 
     @classmethod
-    def _build(cls, layers: list[np.ndarray], count: int, categories: Sequence[int] | None) -> RegionMaps:
+    def build(cls, layers: Sequence[np.ndarray], count: int, categories: Sequence[int] | None) -> RegionMaps:
+        """From finished int16 layers that hold regions 0 to ``count - 1``; ``InvalidDataset`` when there is none."""
         if not count:
             raise InvalidDataset("An image to train on has at least one region", got="none")
-        if count > np.iinfo(np.int16).max:
-            raise InvalidDataset("An image has at most 32767 regions", got=count)
+        if count > MOST:
+            raise InvalidDataset(f"An image has at most {MOST} regions", got=count)
         if len({layer.shape for layer in layers}) > 1:
             raise InvalidDataset("The masks of an image have one size", got=[layer.shape for layer in layers])
         names = [-1] * count if categories is None else list(categories)
@@ -80,13 +103,8 @@ class RegionMaps:
 
     def resize(self, size: Size) -> RegionMaps:
         """The same regions at another size, by the nearest pixel."""
-        if size == self.size:
-            return self
-        rows, cols = (
-            ((torch.arange(new) + 0.5) * old / new).long().clamp(max=old - 1)
-            for new, old in zip(size, self.size, strict=True)
-        )
-        return RegionMaps(self.layers[:, rows][:, :, cols].contiguous(), self.categories)
+        layers = [torch.from_numpy(nearest(layer.numpy(), size)) for layer in self.layers]
+        return RegionMaps(torch.stack(layers), self.categories)
 
 
 def regions_at(layers: Tensor, pixels: Tensor, count: int) -> Tensor:
@@ -99,8 +117,8 @@ def regions_at(layers: Tensor, pixels: Tensor, count: int) -> Tensor:
     covering = layers.flatten(1)[:, pixels].mT.long()  # (P, L)
     area = torch.where(covering >= 0, areas[covering.clamp(min=0)], torch.iinfo(torch.int64).max)
     # Equal areas go by region number, as a stable sort of the list of masks does.
-    order = covering.argsort(-1, stable=True)
-    order = order.gather(-1, area.gather(-1, order).argsort(-1, stable=True))
+    order = covering.argsort(dim=-1, stable=True)
+    order = order.gather(-1, area.gather(-1, order).argsort(dim=-1, stable=True))
     middle = (covering >= 0).sum(-1, keepdim=True) // 2
     picked = order.gather(-1, middle.clamp(max=layers.shape[0] - 1))
     return covering.gather(-1, picked)[:, 0]

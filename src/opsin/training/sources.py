@@ -19,7 +19,7 @@ from torch import Tensor
 from opsin.errors import InvalidDataset, MissingFile
 from opsin.geometry import Size
 from opsin.images import list_images, read_image, resize
-from opsin.training.maps import RegionMaps
+from opsin.training.maps import RegionMaps, nearest
 from opsin.training.store import MaskStore
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -123,8 +123,8 @@ class LabelMaps(Source):
 
     def read(self, index: int, size: int, rng: np.random.Generator, shared: np.random.Generator) -> Sample:
         path, labels = self.files[index]
-        regions = RegionMaps.from_labels(read_labels(f) for f in labels)
-        return Sample(square(read_image(path), size), regions.resize((size, size)))
+        regions = RegionMaps.from_labels(nearest(read_labels(f), (size, size)) for f in labels)
+        return Sample(square(read_image(path), size), regions)
 
 
 class CachedMasks(Source):

@@ -28,7 +28,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class View:
-    """One draw. ``angle`` and ``shear`` in radians, ``corner`` and ``side`` of the crop in pixels of the square image."""
+    """One draw: ``angle`` and ``shear`` in radians, ``corner`` and ``side`` of the crop in pixels of the photograph."""
 
     flip: bool
     brightness: float
@@ -73,9 +73,10 @@ def recolour(images: Tensor, views: Sequence[View]) -> Tensor:
     images = torch.lerp(mean, images, column("contrast")).clamp_(0, 1)
     grey = (images * weights).sum(1, keepdim=True)
     images = torch.lerp(grey, images, column("saturation")).clamp_(0, 1)
-    # 3 × 3 smoothing of weight 5 in the middle and 1 around, as one box sum; the border stays.
+    # 3 × 3 smoothing of weight 5 in the middle and 1 around, from sums over rows and columns; the border stays.
+    rows = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]
     smooth = images.clone()
-    smooth[..., 1:-1, 1:-1] = (9 * F.avg_pool2d(images, 3, 1) + 4 * images[..., 1:-1, 1:-1]) / 13
+    smooth[..., 1:-1, 1:-1].mul_(4).add_(rows[..., :-2]).add_(rows[..., 1:-1]).add_(rows[..., 2:]).div_(13)
     return torch.lerp(smooth, images, column("sharpness")).clamp_(0, 1)
 
 
@@ -92,13 +93,13 @@ def sampling_grid(view: View, size: int, *, crop: bool = True) -> Tensor:
 
     ``crop=False`` stops before the crop: only mirror, rotation and shear.
     """
-    centres = torch.arange(size, dtype=torch.float64) + 0.5
-    x, y = (centres * view.side / size + c for c in view.corner) if crop else (centres, centres)
-    points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) - size / 2
-    source = points @ _linear(view).mT + size / 2
-    if view.flip:
-        source[..., 0] = size - source[..., 0]
-    return source.float()
+    (a, b), (c, d) = _linear(view).tolist()
+    pixels = torch.arange(size, dtype=torch.float32) + 0.5
+    # Affine, so a column vector and a row vector add up to the grid.
+    x, y = (pixels * (view.side / size) + o for o in view.corner) if crop else (pixels, pixels)
+    x, y = x - size / 2, y[:, None] - size / 2
+    column = a * x + b * y + size / 2
+    return torch.stack([size - column if view.flip else column, c * x + d * y + size / 2], -1)
 
 
 def warp_image(images: Tensor, grids: Tensor, mode: str = "bilinear") -> Tensor:
@@ -109,11 +110,10 @@ def warp_image(images: Tensor, grids: Tensor, mode: str = "bilinear") -> Tensor:
 def warp_labels(layers: Tensor, grid: Tensor) -> Tensor:
     """``layers (L, S, S)`` at ``grid (H, W, 2)`` by the nearest pixel; -1 outside."""
     size = layers.shape[-1]
-    cell = grid.floor().long()
-    outside = ((cell < 0) | (cell >= size)).any(-1)
-    cell = cell.clamp(0, size - 1)
-    moved = layers.flatten(1)[:, (cell[..., 1] * size + cell[..., 0]).flatten()].view(-1, *grid.shape[:2])
-    return moved.masked_fill_(outside, -1)
+    # A frame of -1 around the map stands for everything outside.
+    framed = F.pad(layers, (1, 1, 1, 1), value=-1).flatten(1)
+    x, y = (grid[..., i].floor().clamp_(-1, size).int().add_(1) for i in (0, 1))
+    return framed[:, y.mul_(size + 2).add_(x).flatten()].view(-1, *grid.shape[:2])
 
 
 def make_views(
