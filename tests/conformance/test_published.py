@@ -227,7 +227,7 @@ def _edit(folder: Path, drop: str = "", shrink: str = "") -> None:
 
 def test_models_that_cannot_be_run_say_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert", "auto_map": {"AutoModel": "evil.Model"}}')
-    with pytest.raises(InvalidConfig, match="dinov2.*never run"):
+    with pytest.raises(InvalidConfig, match=r"dinov2.*never run"):
         backbones.load(tmp_path)
     make("vit").save_pretrained(tmp_path / "m")
     (tmp_path / "m/card.json").unlink()

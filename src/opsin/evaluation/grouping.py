@@ -80,7 +80,7 @@ class GroupingScores:
     rows: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def update(self, name: str, labels: Tensor, truths: Sequence[Tensor]) -> None:
-        """Add one image: ``labels (P,)``, and the human region ``(P,)`` of every annotator; ``groups`` are counted too."""
+        """Add one image: ``labels (P,)`` and the human region ``(P,)`` of every annotator; groups are counted too."""
         shares = [pair_shares(labels, t) for t in truths]
         mean = [float(np.nanmean([getattr(s, m) for s in shares])) for m in MEASURES]
         self.rows.setdefault(name, []).append([*mean, float(len(labels[labels >= 0].unique()))])

@@ -33,7 +33,7 @@ Describe = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int, *, chunk: int = 4096) -> Tensor:
-    """Rows ``(Q, k)`` of ``gallery (G, D)`` with the largest cosine to ``queries (Q, D)``, best first; ``k`` ≤ ``G``."""
+    """Rows ``(Q, k)`` of ``gallery (G, D)`` with the largest cosine to ``queries (Q, D)``, best first."""
     if not 1 <= k <= len(gallery):
         raise InvalidConfig(f"k lies between 1 and the {len(gallery)} rows of the gallery", got=k)
     reference = F.normalize(gallery.float(), dim=-1).T

@@ -52,7 +52,7 @@ def mean_pool(features: Tensor, weights: Tensor) -> Tensor:
     return weights.to(features.dtype) @ features / weights.sum(-1, keepdim=True).clamp(min=1e-6).to(features.dtype)
 
 
-def attention_pool(head: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
+def attention_pool(head: Any, features: Tensor, weights: Tensor) -> Tensor:
     """SigLIP's pooling head over part of an image: ``features (N, D)`` and ``weights (R, N)`` → ``(R, D)``.
 
     The learned query is the same for every region, so logits and values are computed once; a weight enters as its
@@ -72,7 +72,7 @@ def attention_pool(head: nn.Module, features: Tensor, weights: Tensor) -> Tensor
     return pooled + head.mlp(head.layernorm(pooled))
 
 
-def pooling_head(model: nn.Module) -> nn.Module | None:
+def pooling_head(model: nn.Module) -> Any:
     """The attention-pooling head of a SigLIP vision model of ``transformers``, or None for one without."""
     head = getattr(getattr(model, "vision_model", model), "head", None)
     return head if hasattr(head, "probe") else None
@@ -126,7 +126,7 @@ class TransferModel(nn.Module):
         batch_size: int = 8,
         **options: Any,
     ) -> RegionTokens:
-        """As ``RegionModel.encode``, with the target's tokens. ``compat="published"``: REN's grouping and mask rules."""
+        """As ``RegionModel.encode``, with the target's tokens; ``compat="published"`` for REN's own rules."""
         pictures = read_images(images)
         options = {"grid_size": self.card.grid_size, "threshold": self.card.threshold, "compat": compat} | options
         found = self.regions.encode(pictures, with_masks=True, batch_size=batch_size, **options)
