@@ -21,7 +21,7 @@ SEED = 0
 def interleaved(variants: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1) -> dict[str, Any]:
     """Seconds of each variant, measured in turns (A B A B …) so that a slow moment of the machine hits all alike.
 
-    Gives per variant the median, the fastest and slowest of ``repeats`` and the quartiles, after ``warmup`` unmeasured rounds.
+    Gives per variant the median, extremes and quartiles of ``repeats`` rounds, after ``warmup`` unmeasured ones.
     """
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warmup + repeats):
@@ -39,10 +39,9 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], *, repeats: int, warm
 def spread(values: list[float]) -> dict[str, Any]:
     """Median, extremes and quartiles."""
     ordered = sorted(values)
-    quartiles = [ordered[round(q * (len(ordered) - 1))] for q in (0.25, 0.75)]
-    return {
-        "median": median(ordered), "min": ordered[0], "max": ordered[-1], "quartiles": quartiles, "repeats": len(ordered)
-    }  # fmt: skip
+    low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.25, 0.75))
+    facts = {"median": median(ordered), "min": ordered[0], "max": ordered[-1], "quartiles": [low, high]}
+    return facts | {"repeats": len(ordered)}
 
 
 def ratio(times: Mapping[str, Any], slow: str, fast: str) -> float:
@@ -75,9 +74,8 @@ def parameters_mib(module: torch.nn.Module) -> float:
 def in_child(script: str, *arguments: str, timeout: float = 900) -> dict[str, Any]:
     """Run ``script`` of this folder in a process of its own; it prints one JSON object as its last line."""
     command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OPSIN_PROGRESS": "0"}
-    )
+    quiet = {**os.environ, "OPSIN_PROGRESS": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=quiet)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

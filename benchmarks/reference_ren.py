@@ -1,9 +1,9 @@
-"""The published algorithm of REN, written from its description as plainly as it was published: what timings compare with.
+"""The published algorithm of REN, written from its description as plainly as it was published: what is timed against.
 
 It follows the published way of working, costs included: a position table of every pixel of the square image, prompts
-looked up one by one, explicit softmax attention whose logits are all kept, and grouping with Python lists of edges and a
-loop per group. The numbers are those of ``opsin.regions`` (a test checks both against the same golden numbers); only the
-way differs. float32 and evaluation mode, as in published inference.
+looked up one by one, explicit softmax attention whose logits are all kept, and grouping with Python lists of edges and
+a loop per group. The numbers are those of ``opsin.regions`` (a test checks both against the same golden numbers); only
+the way differs. float32 and evaluation mode, as in published inference.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ class ReferenceEncoder(nn.Module):
         self.feature_table = position_table(dim, side, side, fourier)
 
     def forward(self, features: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """``features (B, D, h, w)``, ``prompts (B, P, 2)`` int (row, col) → pred tokens, proj tokens, logits of all layers."""
+        """``features (B, D, h, w)``, ``prompts (B, P, 2)`` int (row, col) → pred tokens, proj tokens, logits of all
+        layers.
+        """
         memory = features.flatten(2).transpose(1, 2) + self.feature_table.flatten(1).T
         looked_up = [torch.stack([self.prompt_table[:, row, col] for row, col in image]) for image in prompts.tolist()]
         positions = torch.stack(looked_up)

@@ -7,12 +7,14 @@ import importlib
 import importlib.metadata
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from opsin import cards
+from opsin import cards, hub
+from opsin.cards import ModelCard
 from opsin.cli import doctor, models
 from opsin.cli.doctor import Check
 from opsin.errors import UnknownModel
@@ -131,6 +133,35 @@ def test_a_check_that_fails_unforeseen_is_a_finding(monkeypatch: pytest.MonkeyPa
 def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *args: False)
     assert {c.state for c in doctor._caches() if c.name in ("downloads", "opsin")} == {"broken"}
+
+
+@pytest.fixture
+def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A tiny untrained model where the package keeps the one it ships."""
+    from opsin.regions import RegionEncoder, RegionModel
+    from tests.conformance.tiny import make
+
+    backbone = make("resnet")
+    card = ModelCard("opsin-tiny", "regions", "ren", dim=72, patch_size=8, image_size=64, grid_size=8, licence="MIT")
+    RegionModel(backbone, RegionEncoder(72), card).save_pretrained(tmp_path / "opsin-tiny", embed_backbone=True)
+    monkeypatch.setattr(cards, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(hub, "WEIGHTS", tmp_path)
+    cards._read_catalogue.cache_clear()
+    yield tmp_path / "opsin-tiny"
+    monkeypatch.undo()
+    cards._read_catalogue.cache_clear()
+
+
+def test_the_embedded_model_is_tried(embedded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (check,) = doctor._embedded()
+    assert (check.state, check.detail) == ("ok", "loads, 72 values a token")
+    assert run(models, "opsin-tiny", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["where"] == "embedded"
+    weights = embedded / "regions.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    (check,) = [c for c in doctor.diagnose() if c.state == "broken"]
+    assert check.group == "embedded"
+    assert "regions.safetensors" in check.detail
 
 
 def test_models_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:

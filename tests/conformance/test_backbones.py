@@ -131,19 +131,23 @@ def test_meta_device(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded_gives_the_same_bits(kind: str, tmp_path: Path) -> None:
+def test_saved_and_loaded_is_the_same(kind: str, tmp_path: Path) -> None:
     backbone = make(kind, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), name=f"tiny-{kind}")
     backbone.save_pretrained(tmp_path / "model")
     backbone.save_pretrained(tmp_path / "model")  # over an existing one
     again = backbones.load(f"dir:{tmp_path / 'model'}", device="cpu")
     assert again.card == backbone.card
     pixels = noise(2, 3, canvas(backbone), canvas(backbone))
-    assert torch.equal(backbone(pixels).features, again(pixels).features)
+    for before, after in zip(backbone.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(before, after)
+    # not the same bits: mapped weights start at other addresses, and kernels may take other paths
+    atol = 1e-6 * float(1 + backbone(pixels).features.abs().max())
+    torch.testing.assert_close(backbone(pixels).features, again(pixels).features, rtol=1e-5, atol=atol)
     (tmp_path / "model/card.json").unlink()  # config and preprocessing alone say enough
     plain = backbones.load(tmp_path / "model", device="cpu")
     assert plain.card.mean == (0.1, 0.2, 0.3)
     assert plain.name == f"dir:{(tmp_path / 'model').resolve()}"
-    assert torch.equal(backbone(pixels).features, plain(pixels).features)
+    torch.testing.assert_close(backbone(pixels).features, plain(pixels).features, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

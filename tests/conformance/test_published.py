@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from opsin import backbones
+from opsin import backbones, runtime
 from opsin.backbones import loading
 from opsin.backbones.vit import interpolate_positions
 from opsin.cards import ModelCard, catalogue
-from opsin.errors import InvalidCheckpoint, InvalidConfig, MissingFile
+from opsin.errors import InvalidCheckpoint, InvalidConfig, MissingFile, ModelUnavailable, ResourceError
 from tests.conformance.tiny import CONFIGS, make
 
 PLAIN = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}
@@ -175,13 +177,34 @@ def test_classifier_checkpoints_of_stages_load(tmp_path: Path) -> None:
     torch.testing.assert_close(backbone(pixels).features[:, :16], first, rtol=1e-4, atol=1e-5)
 
 
+def test_dinov3_stages_end_with_the_final_norm(tmp_path: Path) -> None:
+    config = transformers.DINOv3ConvNextConfig(**CONFIGS["dinov3_convnext"] | {"out_features": ["stage4"]})
+    model = transformers.DINOv3ConvNextModel(config)
+    backbone = backbones.load(save(model, tmp_path, PLAIN | {"size": 64}), device="cpu")
+    pixels = noise(2, 3, 64, 96)
+    expected = model(pixels).last_hidden_state[:, 1:]  # the pooled token comes first
+    torch.testing.assert_close(backbone(pixels).features, grid(expected, 2, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_files_have_the_key_names_of_the_hub(tmp_path: Path) -> None:
+    """What these tests load is named as in the published repositories, so the renaming on load is exercised."""
+    save(transformers.ViTModel(transformers.ViTConfig(**CONFIGS["vit"])), tmp_path / "vit")
+    assert "encoder.layer.0.attention.attention.query.weight" in load_file(tmp_path / "vit/model.safetensors")
+    save(transformers.Dinov2Model(transformers.Dinov2Config(**CONFIGS["dinov2"], use_swiglu_ffn=True)), tmp_path / "g")
+    assert "encoder.layer.0.mlp.weights_in.weight" in load_file(tmp_path / "g/model.safetensors")
+    assert backbones.load(tmp_path / "g", device="cpu")(noise(1, 3, 42, 42)).features.shape == (1, 32, 3, 3)
+    joint = transformers.SiglipConfig(text_config=TEXT, vision_config=CONFIGS["siglip_vision_model"])
+    save(transformers.SiglipModel(joint), tmp_path / "siglip")
+    assert "vision_model.post_layernorm.weight" in load_file(tmp_path / "siglip/model.safetensors")
+
+
 def test_older_repositories_without_safetensors_load(tmp_path: Path) -> None:
     backbone = make("vit", name="old")
     backbone.save_pretrained(tmp_path / "m")
     torch.save(load_file(tmp_path / "m/model.safetensors"), tmp_path / "m/pytorch_model.bin")
     (tmp_path / "m/model.safetensors").unlink()
     pixels = noise(1, 3, 56, 56)
-    assert torch.equal(backbones.load(tmp_path / "m", device="cpu")(pixels).features, backbone(pixels).features)
+    torch.testing.assert_close(backbones.load(tmp_path / "m", device="cpu")(pixels).features, backbone(pixels).features)
 
 
 def test_the_backbone_inside_a_region_model(tmp_path: Path) -> None:
@@ -192,6 +215,40 @@ def test_the_backbone_inside_a_region_model(tmp_path: Path) -> None:
     loaded = backbones.load(f"dir:{tmp_path / 'mine'}", device="cpu")
     assert loaded.name == "mine/backbone"
     assert loaded.dim == 72
+
+
+def test_repositories_that_carry_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = make("resnet", mean=(0.1, 0.2, 0.3))
+    backbone.save_pretrained(tmp_path / "plain")
+    backbone.save_pretrained(tmp_path / "regions/backbone")
+    ModelCard("mine", "regions", "ren", backbone="backbone", dim=72).save(tmp_path / "regions/card.json")
+    (tmp_path / "regions/regions.safetensors").write_bytes(b"not read here")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(tmp_path / repo.split("/")[1]))
+    pixels = noise(1, 3, 32, 32)
+    plain = backbones.load("hf:me/plain@v1", device="cpu")
+    assert (plain.name, plain.card.mean) == ("hf:me/plain@v1", (0.1, 0.2, 0.3))
+    expected = backbone(pixels).features
+    torch.testing.assert_close(plain(pixels).features, expected)
+    torch.testing.assert_close(backbones.load("hf:me/regions", device="cpu")(pixels).features, expected)
+
+
+def test_a_region_model_of_the_catalogue_asks_for_its_backbone_only() -> None:
+    with pytest.raises(ModelUnavailable, match="facebook/dino-vitb8"):
+        backbones.load("ren-dino-b8")
+
+
+def test_device_and_dtype_on_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("clip_vision_model").save_pretrained(tmp_path / "m")
+    pixels = noise(1, 3, 56, 56)
+    assert backbones.load(tmp_path / "m", device="cpu", dtype="bf16")(pixels).features.dtype == torch.bfloat16
+    assert backbones.load(tmp_path / "m", device="meta").encode(pixels)[0].features.device.type == "meta"
+    monkeypatch.setattr(runtime, "has_fast_bfloat16", lambda device: True)
+    assert backbones.load(tmp_path / "m", device="cpu", dtype="auto")(pixels).features.dtype == torch.bfloat16
+    card = ModelCard.load(tmp_path / "m/card.json")
+    dataclasses.replace(card, bfloat16=False).save(tmp_path / "m/card.json")
+    assert backbones.load(tmp_path / "m", device="cpu", dtype="auto")(pixels).features.dtype == torch.float32
+    with pytest.raises(ResourceError):
+        backbones.load(tmp_path / "m", device="warp")
 
 
 @pytest.mark.parametrize(

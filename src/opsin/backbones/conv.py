@@ -43,7 +43,7 @@ class ConvBackbone(Backbone):
     def _features(self, pixels: Tensor) -> BackboneOutput:
         height, width = pixels.shape[-2:]
         pixels = F.pad(pixels, (0, -width % self._deepest, 0, -height % self._deepest), mode="replicate")
-        maps = list(self.model(pixels).feature_maps)
+        maps = feature_maps(self.model, pixels)
         grid = maps[0].shape[-2:]
         maps[1:] = [F.interpolate(m, size=grid, mode="bilinear", align_corners=False) for m in maps[1:]]
         features = torch.cat(maps, 1)[..., : height // self.patch_size, : width // self.patch_size]
@@ -51,10 +51,24 @@ class ConvBackbone(Backbone):
 
 
 def model_class(config: Any) -> Any:
-    """The backbone class of ``transformers`` for a config."""
+    """The class of ``transformers`` that gives the stages of a config."""
+    from transformers import DINOv3ConvNextModel
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
-    return MODEL_FOR_BACKBONE_MAPPING[type(config)]
+    return DINOv3ConvNextModel if config.model_type == "dinov3_convnext" else MODEL_FOR_BACKBONE_MAPPING[type(config)]
+
+
+def feature_maps(model: Any, pixels: Tensor) -> list[Tensor]:
+    """The stages that ``out_features`` names."""
+    config = model.config
+    if config.model_type != "dinov3_convnext":
+        return list(model(pixels).feature_maps)
+    # its AutoBackbone class leaves out the final LayerNorm, which the published features of the last stage have
+    states = model.model(pixels, output_hidden_states=True).hidden_states
+    stages = dict(zip(config.stage_names, states, strict=True))
+    last = config.stage_names[-1]
+    stages[last] = model.layer_norm(stages[last].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return [stages[name] for name in config.out_features]
 
 
 def _probe(config: Any) -> tuple[int, list[torch.Size]]:
@@ -63,7 +77,7 @@ def _probe(config: Any) -> tuple[int, list[torch.Size]]:
     with torch.device("meta"):
         model = model_class(config)(config).eval()
         with torch.no_grad():
-            return side, [m.shape for m in model(torch.zeros(1, 3, side, side)).feature_maps]
+            return side, [m.shape for m in feature_maps(model, torch.zeros(1, 3, side, side))]
 
 
 def native_size(config: Any) -> int:

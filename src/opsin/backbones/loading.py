@@ -44,10 +44,15 @@ def load(
         InvalidConfig (a kind of model that is not supported, or one without preprocessing facts).
     """
     card = hub.card_of(ref)
-    if card is not None and card.kind == "regions":
-        inner = hub.resolve(ref) / "backbone" if card.backbone == "backbone" else card.backbone
-        return load(inner, device=device, dtype=dtype)
+    if card is not None and card.kind == "regions" and card.backbone != "backbone":
+        return load(card.backbone, device=device, dtype=dtype)
     folder = hub.resolve(ref)
+    if card is None:
+        card = hub.card_of(folder)  # what a repository on the hub says of itself, under the name it was asked by
+        card = card and replace(card, name=str(ref))
+    if card is not None and card.kind == "regions":
+        inner = folder / "backbone" if card.backbone == "backbone" else card.backbone
+        return load(inner, device=device, dtype=dtype)
     config = _read_config(folder)
     family = _family(config.model_type)
     if card is None:

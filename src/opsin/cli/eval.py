@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="side of the square model input (default: the model's)")
     parser.add_argument("--limit", type=int, help="use at most so many images or episodes of each split, evenly spaced")
     parser.add_argument("--min-area", type=int, default=1, help="retrieval: pixels of the smallest segment (default 1)")
+    parser.add_argument("--context", action="store_true", help="locate: give the whole query frame and the box in it")
+    parser.add_argument("--rate", type=float, help="locate: frames searched per second (default: that of opsin locate)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default 0)")
     parser.add_argument("--device", help="where to run (default: the machine's accelerator, else the CPU)")
     parser.add_argument("--dtype", help='"auto", "float32" or "bfloat16" (default float32)')
@@ -95,7 +97,9 @@ def _grouping(model: Any, root: Path, args: argparse.Namespace) -> dict[str, Any
 def _locate(model: Any, root: Path, args: argparse.Namespace) -> dict[str, Any]:
     from opsin.evaluation import datasets, localization
 
-    return localization.evaluate(model, _thin(datasets.episodes(root), args.limit), seed=args.seed)
+    options: dict[str, Any] = {n: v for n, v in (("rate", args.rate), ("size", args.size)) if v is not None}
+    records = _thin(datasets.episodes(root), args.limit)
+    return localization.evaluate(model, records, context=args.context, seed=args.seed, **options)
 
 
 def _table(measure: str, full: dict[str, Any]) -> str:

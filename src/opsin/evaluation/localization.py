@@ -39,12 +39,14 @@ def evaluate(
     model: RegionModel,
     episodes: Sequence[Episode],
     *,
+    context: bool = False,
     baseline: bool = True,
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
     """Answer every episode with ``locate(frames, image=crop, **options)`` and, as ``baseline``, with template matching.
 
+    ``context`` hands over the whole query frame and the box of the object in it, instead of the crop alone.
     Intervals come from drawing whole source videos again: the episodes of one video are not independent.
     """
     from opsin.localization import locate
@@ -55,7 +57,10 @@ def evaluate(
     answers: dict[str, list[BoxTrack]] = {"opsin locate": []}
     started = time.perf_counter()
     for episode in runtime.progress(episodes, total=len(episodes), description="locating", unit="episode"):
-        found = locate([str(f) for f in episode.frames], image=query_crop(episode), model=model, **options)
+        asked: dict[str, Any] = {"image": query_crop(episode)}
+        if context:
+            asked = {"image": episode.query_frame, "box": episode.query_box}
+        found = locate([str(f) for f in episode.frames], model=model, **asked, **options)
         answers["opsin locate"].append(as_boxes(found))
     seconds = time.perf_counter() - started
     rules: list[template.Rule] = []
@@ -76,6 +81,7 @@ def evaluate(
         "episodes": len(episodes),
         "videos": len(set(groups)),
         "frames": sum(len(e.frames) for e in episodes),
+        "query": "frame and box" if context else "crop",
         "options": options,
         "seconds_locating": seconds,
         "methods": {name: summarise(tracks, truths, groups, seed=seed) for name, tracks in answers.items()},

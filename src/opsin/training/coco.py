@@ -35,7 +35,7 @@ def decode_segmentation(segmentation: Any, size: Size) -> np.ndarray:
 
 
 def decode_counts(text: str | bytes) -> list[int]:
-    """COCO's compressed run lengths: 5 bits a character, the difference to the run before the last from the third on."""
+    """COCO's compressed run lengths: 5 bits a character; from the third on, differences to two before."""
     data = text.encode() if isinstance(text, str) else text
     runs: list[int] = []
     value = shift = 0
@@ -73,7 +73,9 @@ class _Coco(Source):
         self.classes = tuple(c["name"] for c in content["categories"])
         self._category = {c["id"]: i for i, c in enumerate(content["categories"])}
         # LVIS gives only a URL, whose end is the folder and the name of the file.
-        self._info = {i["id"]: (i.get("file_name") or "/".join(i["coco_url"].split("/")[-2:])) for i in content["images"]}
+        self._info = {
+            i["id"]: i.get("file_name") or "/".join(i["coco_url"].split("/")[-2:]) for i in content["images"]
+        }
         self._size = {i["id"]: (int(i["height"]), int(i["width"])) for i in content["images"]}
         self.entries: list[tuple[int, list[dict[str, Any]]]] = []
         self._collect(content["annotations"])

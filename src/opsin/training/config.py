@@ -54,7 +54,7 @@ class RegionTrainingConfig:
     crop: float = _option(0.3, "smallest side of a view as a fraction of the photograph")
     mosaic_tiles: tuple[int, ...] = _option((4, 16), "fewest and most photographs on a mosaic")
     classes_per_batch: int = _option(32, "classes that the mosaics of one batch draw from")
-    sam2_model: str = _option("hf:facebook/sam2.1-hiera-large", "model that makes the masks of sam2: and video: sources")
+    sam2_model: str = _option("hf:facebook/sam2.1-hiera-large", "model that makes the masks of sam2: and video:")
     mask_cache: str = _option("", "folder of the mask caches; empty: masks in the cache folder of opsin")
     video_interval: float = _option(15.0, "seconds between the frames that a video: source takes")
     cache_mb: int = _option(512, "memory for decoded photographs, per process")
@@ -69,7 +69,7 @@ class RegionTrainingConfig:
     resume: bool = _option(True, "go on from a saved state in out; false: begin again")
     embed_backbone: bool = _option(False, "copy the backbone into the model folder, which then stands alone")
     tracker: str = _option("none", "none, tensorboard or wandb (offline unless WANDB_MODE says otherwise)")
-    compat: str | None = _option(None, "published: null prompts, mask edges, schedule and clipping as in the REN release")
+    compat: str | None = _option(None, "published: null prompts, mask edges, schedule, clipping as in the REN release")
 
     def __post_init__(self) -> None:
         for key in ("train", "val", "weights", "mosaic_tiles"):  # configuration files know lists only
@@ -85,7 +85,7 @@ class RegionTrainingConfig:
                 self._at_least(key, 1)
         for key in ("warmup_steps", "workers", "cache_mb", "max_grad_norm", "weight_decay", "seed"):
             self._at_least(key, 0)
-        for key in ("contrastive_weight", "feature_weight", "semantic_weight", "pred_feature_weight", "jitter", "shear"):
+        for key in ("contrastive_weight", "feature_weight", "semantic_weight", "pred_feature_weight"):
             self._at_least(key, 0)
         for key in ("epochs", "lr", "temperature", "semantic_temperature", "video_interval", "crop"):
             if not getattr(self, key) > 0:
@@ -187,7 +187,9 @@ def describe() -> str:
     """All keys with their defaults and meanings, for ``--help``."""
     lines = []
     for entry in fields(RegionTrainingConfig):
-        value = "null" if entry.default is None else str(entry.default).lower() if isinstance(entry.default, bool) else entry.default
+        value: Any = entry.default
+        if isinstance(value, bool) or value is None:
+            value = "null" if value is None else str(value).lower()
         shown = "[" + ",".join(map(str, value)) + "]" if isinstance(value, tuple) else value
         lines.append(f"  {f'{entry.name}={shown}':<28} {entry.metadata['help']}")
     return "\n".join(lines)

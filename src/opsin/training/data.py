@@ -82,7 +82,8 @@ class Batches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         """Batch ``number``, any whole number ≥ 0."""
-        samples, views, pixels, skipped = [], [], [], []
+        samples, views, pixels = [], [], []
+        skipped: list[tuple[str, str]] = []
         for place in range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size):
             rng = np.random.default_rng([self.seed, number, place])
             samples.append(self._draw(rng, number, skipped))

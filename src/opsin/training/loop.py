@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # What may differ between a run and its continuation: where and how often, not what is computed.
-FREE_KEYS = {"out", "name", "workers", "cache_mb", "device", "save_every", "resume", "tracker", "keep", "embed_backbone"}
+FREE_KEYS = {
+    *("out", "name", "workers", "cache_mb", "device", "save_every", "resume", "tracker", "keep", "embed_backbone")
+}
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, published: bool = False) -> float:
@@ -74,7 +76,8 @@ class Objective(nn.Module):
             output = self.encoder(features, batch.points.flatten(0, 1))
         targets = losses.region_targets(features.float(), batch.masks.flatten(0, 1))
         pair = batch.ids.shape[:2]
-        pred, proj, targets = (_gather(t.float().unflatten(0, pair)) for t in (output.pred_tokens, output.proj_tokens, targets))
+        made = (output.pred_tokens, output.proj_tokens, targets)
+        pred, proj, targets = (_gather(t.float().unflatten(0, pair)) for t in made)
         ids, categories = _gather(batch.ids), _gather(batch.categories)
         covered = (ids >= 0).float()
         # Null prompts of the two views must differ: REN numbers them -1 and -2.
@@ -150,7 +153,8 @@ class Loop:
         batches = loader(self.train, self.step * c.accumulation, self.total * c.accumulation, c.workers)
         stream, last = iter(batches), {}
         with self._log() as log:
-            for _ in progress(range(self.step, self.total), total=self.total - self.step, description="train", unit="step"):
+            left = range(self.step, self.total)
+            for _ in progress(left, total=len(left), description="train", unit="step"):
                 started = time.perf_counter()
                 last = self._step(model, stream)
                 self.step += 1
@@ -188,7 +192,9 @@ class Loop:
         loss = float(sums["loss"])
         if not math.isfinite(loss):
             raise ResourceError(
-                "The training loss stays finite", got=f"{loss} at step {self.step}", remedy="Lower lr, or use dtype=float32."
+                "The training loss stays finite",
+                got=f"{loss} at step {self.step}",
+                remedy="Lower lr, or use dtype=float32.",
             )
         norm = float(nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None]))
         factor = clip_factor(norm, c.max_grad_norm, self.step, published=published)
@@ -212,7 +218,9 @@ class Loop:
     @torch.no_grad()
     def _features(self, batch: Batch) -> Tensor:
         with autocast(batch.images.device, self.dtype):
-            return self.backbone(batch.images.flatten(0, 1)).features
+            features = self.backbone(batch.images.flatten(0, 1)).features
+        # The encoder reads cells, each a row of D numbers: laid out so, its attention takes the fast path.
+        return features.contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def _validate(self, model: nn.Module) -> dict[str, float]:
@@ -298,7 +306,12 @@ def tracker(config: RegionTrainingConfig, folder: Path) -> Iterator[Callable[[Ma
         except ImportError as error:
             raise MissingExtra.of("tensorboard", "train", "track a training run") from error
         with SummaryWriter(str(folder / "tensorboard")) as writer:
-            yield lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()] and None
+
+            def write(values: Mapping[str, float], step: int) -> None:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
+
+            yield write
     elif config.tracker == "wandb":
         try:
             import wandb

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +49,9 @@ def train_regions(config: RegionTrainingConfig) -> dict[str, Any]:
         if size % backbone.patch_size:
             nearest = max(1, round(size / backbone.patch_size)) * backbone.patch_size
             raise UnsupportedSize(
-                f"image_size is a multiple of the backbone's {backbone.patch_size} pixels", got=size, remedy=f"Nearest: {nearest}."
+                f"image_size is a multiple of the backbone's {backbone.patch_size} pixels",
+                got=size,
+                remedy=f"The nearest is {nearest}.",
             )
         encoder = _encoder(config, backbone.dim)
         grid = (size // backbone.patch_size, size // backbone.patch_size)
@@ -87,7 +88,7 @@ def _encoder(config: RegionTrainingConfig, dim: int) -> RegionEncoder:
 
 
 def save_model(encoder: nn.Module, backbone: nn.Module, config: RegionTrainingConfig, out: Path, size: int) -> None:
-    """Write ``card.json``, ``regions.safetensors`` and, if asked, ``backbone/``: what ``opsin.load("dir:out")`` takes."""
+    """Write ``card.json``, ``regions.safetensors`` and maybe ``backbone/``: what ``opsin.load("dir:out")`` takes."""
     from safetensors.torch import save_file
 
     card: ModelCard = backbone.card  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Where photographs with regions come from: label maps, mosaics of classified photographs, photographs with a mask cache."""
+"""Where photographs with regions come from: label maps, mosaics of classified photographs, mask caches."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, index: int, size: int, rng: np.random.Generator, shared: np.random.Generator) -> Sample:
-        """A photograph at ``size`` × ``size``. ``rng`` belongs to the sample, ``shared`` draws alike in a whole batch."""
+        """A photograph at ``size`` × ``size``. ``rng`` is the sample's, ``shared`` draws alike in a whole batch."""
 
     def _usable(self) -> None:
         if not len(self):
@@ -90,7 +90,7 @@ def read_labels(path: Path) -> np.ndarray:
 
 
 class LabelMaps(Source):
-    """Photographs with label PNGs: ``labels/<stem>.png``, or several, ``<stem>_<k>.png`` or ``<stem>/*.png``; 0 is none.
+    """Photographs with label PNGs: ``labels/<stem>.png``, or several, ``<stem>_<k>.png`` or ``<stem>/*.png``; 0: none.
 
     BSDS500 has this shape (``images/<split>``, ``segments/<split>``, up to five people per photograph), and so has any
     folder of masks (``images``, ``masks``), where several binary masks of one photograph may overlap.
@@ -189,7 +189,10 @@ class Mosaic(Source):
             members = [m for m in members if m.startswith(part.rstrip("/") + "/")]
         members = [m for m in members if PurePosixPath(m).suffix.lower() in PICTURES]
         folders = sorted({PurePosixPath(m).parent.name for m in members})
-        self.groups = [[m for m in members if PurePosixPath(m).parent.name == f] for f in folders]
+        by_folder: dict[str, list[str]] = {folder: [] for folder in folders}
+        for member in members:
+            by_folder[PurePosixPath(member).parent.name].append(member)
+        self.groups = list(by_folder.values())
         self.count = len(members)
         self.classes = tuple(f for f in folders if not f.upper().startswith("BACKGROUND"))
         self.category = [self.classes.index(f) if f in self.classes else -1 for f in folders]

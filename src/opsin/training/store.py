@@ -8,7 +8,6 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ class MaskStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any] | None = None) -> None:
-        """Open or begin ``path``; ``InvalidDataset`` when it was made with other ``settings``, or is not a mask cache."""
+        """Open or begin ``path``; ``InvalidDataset`` when other ``settings`` made it, or it is no mask cache."""
         self.path = Path(path)
         self._map: mmap.mmap | None = None
         self._records: dict[str, tuple[int, int]] = {}
@@ -80,7 +79,7 @@ class MaskStore:
             raise InvalidDataset("A mask cache record is whole", got=f"{name} of {self.path}: {error}") from error
         return RegionMaps(torch.from_numpy(layers.copy()), torch.full((count,), -1))
 
-    def _payload(self, name: str) -> memoryview | bytes:
+    def _payload(self, name: str) -> bytes:
         if name not in self._records:
             raise InvalidDataset("The masks of an image are in the cache", got=f"{name!r} is not in {self.path}")
         start, length = self._records[name]
@@ -130,7 +129,7 @@ class MaskStore:
     def __enter__(self) -> MaskStore:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""``opsin VERB ...``: one verb per job. A verb's module is imported only when the verb is used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from opsin.errors import OpsinError, near_misses
+
+VERBS = {
+    "models": "opsin.cli.models",
+    "doctor": "opsin.cli.doctor",
+    "regions": "opsin.cli.regions",
+    "locate": "opsin.cli.locate",
+    "train": "opsin.cli.train",
+    "eval": "opsin.cli.eval",
+    "demo": "opsin.cli.demo",
+}
+SUMMARIES = {  # so that `opsin -h` imports no verb
+    "models": "list the models: sizes, licences, what is in the cache",
+    "doctor": "versions, devices, extras, cache; fails when something installed is broken",
+    "regions": "find and draw the regions of images",
+    "locate": "find where an object was last seen in a video",
+    "train": "train a region encoder on a frozen backbone",
+    "eval": "measure quality and write docs/benchmarks.md",
+    "demo": "make a small video from photographs and find an object in it",
+}
+INTERRUPTED = 130
+FAILED = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0, 2 for an error that the message explains, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(overview())
+        return 0 if words else FAILED
+    if words[0] in ("-V", "--version"):
+        from opsin import __version__
+
+        sys.stdout.write(f"opsin {__version__}\n")
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        hint = near_misses(verb, VERBS) or f"The verbs are {', '.join(VERBS)}."
+        sys.stderr.write(f'opsin: no verb "{verb}". {hint}\n')
+        return FAILED
+    try:
+        module = importlib.import_module(VERBS[verb])
+        return int(module.run(parser_of(verb, module).parse_args(words[1:])))
+    except OpsinError as error:
+        sys.stderr.write(f"opsin {verb}: {type(error).__name__}: {error}\n")
+        return FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:  # `opsin ... | head`
+        sys.stderr.close()
+        return 0
+
+
+def parser_of(verb: str, module: ModuleType) -> argparse.ArgumentParser:
+    """The parser of one verb; its help ends with an example that runs."""
+    epilog = f"example:\n  {module.EXAMPLE}" if hasattr(module, "EXAMPLE") else None
+    parser = argparse.ArgumentParser(
+        f"opsin {verb}", description=module.HELP, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    return parser
+
+
+def overview() -> str:
+    """What ``opsin -h`` prints."""
+    rows = "\n".join(f"  {verb:9}{summary}" for verb, summary in SUMMARIES.items())
+    return f"usage: opsin VERB [options]\n\n{rows}\n\nopsin VERB -h explains one verb, with an example.\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""``locate``: the whole way from a video and a query to a box track. Every stage is a function of its own module."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opsin import runtime
+from opsin.errors import InvalidConfig, InvalidVideo
+from opsin.geometry import check_box
+from opsin.hub import atomic_path
+from opsin.images import read_image
+from opsin.localization import query as q
+from opsin.localization import timeline as tl
+from opsin.localization import track as tr
+from opsin.localization.descriptors import DenseTokens, dense_tokens
+from opsin.localization.matching import Example, Found, Template, TokenSpace
+from opsin.types import Track
+from opsin.video import VideoFrame, VideoReader, open_video
+
+if TYPE_CHECKING:
+    from opsin.regions import RegionModel
+
+CALIBRATION_FRAMES = 8
+SEARCH_SCALES = (0.5, 0.63, 0.8, 1.0, 1.26, 1.6, 2.0)
+BATCH = 4
+THRESHOLD = 0.3
+SHARE = 0.7  # of the best score that a later occurrence needs to be preferred
+KEEP = 0.4  # share of the peak's score, also above the video's usual one, at which the object counts as still there
+
+Encode = Callable[[Sequence[Tensor]], list[DenseTokens]]
+
+
+def locate(
+    video: Any, *, image: Any = None, frame: int | None = None, box: Sequence[float] | None = None,
+    point: Sequence[float] | None = None, model: str | Path | RegionModel = "opsin-tiny", rate: float | None = 5.0,
+    threshold: float = THRESHOLD, search: str = "before", size: int | None = None, device: Any = None, dtype: Any = None,
+) -> Track:  # fmt: skip
+    """The last time that an object was seen in a video, as one box per frame.
+
+    The video is streamed twice: once at ``rate`` to score it, once at full rate around the last confident moment to
+    follow the object both ways until it is gone. Memory does not grow with its length.
+
+    Args:
+        video: what ``opsin.open_video`` takes: a file, a folder or list of frames, a URL.
+        image: a picture of the object (anything ``opsin.read_image`` takes); with ``box`` or ``point``, a picture that
+            contains it, which tells the object from its surroundings and so works better.
+        frame: instead of ``image``, the number of a frame of the video; needs ``box`` or ``point``.
+        box, point: ``(x1, y1, x2, y2)`` or ``(x, y)``, pixels of the query's picture.
+        model: a ``RegionModel``, or a reference to load one, on ``device`` in ``dtype``.
+        rate: frames searched per second; None searches every frame. The track has every frame in either case.
+        threshold: least score of a confident occurrence; raise it for fewer false alarms.
+        search: with ``frame``, ``"before"`` searches the frames before it (VQ2D: where was this last seen?), ``"all"``
+            the whole video, in which the query's own moment usually is the answer.
+        size: side of the square model input; None is 1.5 times the model's own, because objects may be small.
+
+    Returns:
+        Track: ``score`` about 1 for the query itself and 0 for the video's usual background; ``found`` False with the
+        best score when nothing reaches the threshold.
+
+    Raises:
+        InvalidVideo, MissingFile, InvalidImage, InvalidPrompt, InvalidConfig, and what loading a model raises.
+
+    Source: the task and its stages follow REN-VQL (arXiv 2505.18153, after RELOCATE, 2412.01826) with one round of search;
+    the template is an exemplar discriminant (Hariharan et al., 2012).
+    """
+    if search not in ("before", "all"):
+        raise InvalidConfig('search is "before" or "all"', got=search)
+    from opsin.regions import RegionModel
+
+    with open_video(video) as reader:
+        if reader.live:
+            raise InvalidVideo("A video that is searched can be read twice", got=reader.name, remedy="Record it first.")
+        if isinstance(model, (str, Path)):
+            model = RegionModel.from_pretrained(model, device=device, dtype=dtype)
+        wanted = q.read_query(reader, model, image=image, frame=frame, box=box, point=point)
+        until = wanted.time if search == "before" else None
+        encode = partial(dense_tokens, model, size=size or search_size(model))
+        template = learn(reader, wanted, encode, until)
+        rows = search_pass(reader, wanted, template, encode, rate, until)
+        at = tl.last_confident(rows.scores, threshold, SHARE)
+        steps = [] if at is None else extend(reader, template, encode, rows, at, until)
+        return as_track(reader, model, rows, at, steps)
+
+
+def search_size(model: RegionModel) -> int:
+    """1.5 times the side the model was made for, in whole patches; models with one fixed input keep theirs."""
+    patch, side = model.backbone.patch_size, model.card.image_size
+    return side if model.backbone.card.family == "openclip" else max(1, round(1.5 * side / patch)) * patch
+
+
+def calibration_frames(reader: VideoReader, until: float | None) -> list[VideoFrame]:
+    """A few frames spread over the video, by seeking; for a live source none."""
+    end = until if until is not None else reader.duration
+    if reader.live or not end:
+        return []
+    found: dict[int, VideoFrame] = {}
+    for i in range(CALIBRATION_FRAMES):
+        for f in reader.frames(start=end * (i + 0.5) / CALIBRATION_FRAMES):
+            found[f.index] = f
+            break
+    return list(found.values())
+
+
+def learn(reader: VideoReader, wanted: q.Wanted, encode: Encode, until: float | None) -> Template:
+    """The template of the object against the background of this video."""
+    pictures = [f.image.float() / 255 for f in calibration_frames(reader, until)]
+    if not pictures:
+        pictures = [torch.full((3, *reader.size), 0.5)]
+    background = encode(pictures)
+    drawn = q.composites(wanted, pictures)
+    scenes = encode([p for p, _ in drawn])
+    examples = [Example(d, b) for d, (_, b) in zip(scenes, drawn, strict=True)]
+    if wanted.scene is not None and wanted.box is not None:
+        scene = encode([wanted.scene])[0]
+        examples += [Example(scene, torch.tensor(wanted.box))] * max(1, len(examples) // 2)
+    space = TokenSpace.fit([*background, *(e.dense for e in examples)])
+    return Template.fit(space, examples, background)
+
+
+def search_pass(
+    reader: VideoReader, wanted: q.Wanted, template: Template, encode: Encode, rate: float | None, until: float | None
+) -> tl.Timeline:
+    """The best window of every sampled frame, scores smoothed in time. Frames are forgotten as soon as they are scored."""
+    sides = torch.tensor(wanted.size)[None] * torch.tensor(SEARCH_SCALES)[:, None]
+    end = until if until is not None else reader.duration
+    total = int(end * (rate or reader.fps)) if end else None
+    rows: list[tuple[int, float, Tensor, float]] = []
+    frames = runtime.progress(reader.frames(rate, stop=until), total=total, description="searching", unit="frame")
+    for chunk in tl.in_chunks(frames, BATCH):
+        for frame, dense in zip(chunk, encode([c.image for c in chunk]), strict=True):
+            found = template.best(dense, sides)
+            rows.append((frame.index, frame.time, found.box, found.score))
+    if not rows:
+        raise InvalidVideo("There is at least one frame to search", got=f"{reader.name}: none before {wanted.source}")
+    table = tl.Timeline.of(rows)
+    return replace(table, scores=tl.median_filter(table.scores))
+
+
+def extend(
+    reader: VideoReader, template: Template, encode: Encode, rows: tl.Timeline, at: int, until: float | None
+) -> list[tr.Step]:
+    """Follow the object both ways from row ``at``, on every frame of the video."""
+
+    def measure(chunk: Sequence[VideoFrame]) -> list[Callable[[Tensor, Tensor | None], Found]]:
+        return [partial(template.best, dense) for dense in encode([f.image for f in chunk])]
+
+    start = tr.Step(int(rows.frames[at]), float(rows.times[at]), rows.boxes[at], float(rows.scores[at]))
+    usual = float(torch.quantile(rows.scores, 0.25))
+    keep = max(KEEP * start.score, usual + KEEP * (start.score - usual))
+    natural = start.box[2:] - start.box[:2]
+    after = tr.follow(tr.forwards(reader, start.time, until), measure, start, keep, natural)
+    before = tr.follow(tr.backwards(reader, start.time), measure, start, keep, natural)
+    return tr.join(before, start, after)
+
+
+def as_track(
+    reader: VideoReader, model: RegionModel, rows: tl.Timeline, at: int | None, steps: Sequence[tr.Step]
+) -> Track:
+    """The public result."""
+    return Track(
+        found=bool(steps),
+        score=float(rows.scores.max() if at is None else rows.scores[at]),
+        frames=torch.tensor([s.frame for s in steps], dtype=torch.long),
+        times=torch.tensor([s.time for s in steps], dtype=torch.float64),
+        boxes=tr.smooth(steps) if steps else torch.zeros((0, 4)),
+        scores=torch.tensor([s.score for s in steps], dtype=torch.float32),
+        timeline=torch.stack([rows.times, rows.scores.double()], -1),
+        video=reader.name,
+        model=model.name,
+        skipped=reader.skipped,
+        size=reader.size,
+    )
+
+
+def query_picture(
+    video: Any, *, image: Any = None, frame: int | None = None, box: Sequence[float] | None = None
+) -> Tensor:
+    """The picture ``(3, h, w)`` of what was looked for, as a contact sheet shows it."""
+    if frame is not None:
+        with open_video(video) as reader:
+            picture = reader.read_frame(frame).image.float() / 255
+    else:
+        picture = read_image(image)
+    if box is None:
+        return picture
+    x1, y1, x2, y2 = check_box(list(box), (int(picture.shape[1]), int(picture.shape[2])))
+    return picture[:, int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)]
+
+
+def save_track(track: Track, path: str | Path) -> Path:
+    """Write a track as JSON: what ``Track.to_json`` gives, and the timeline."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    timeline = [[round(t, 4), round(s, 4)] for t, s in track.timeline.tolist()]
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(json.dumps(track.to_json() | {"timeline": timeline}, allow_nan=False) + "\n")
+    return path

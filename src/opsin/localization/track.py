@@ -1,0 +1,122 @@
+"""From one confident moment to a box on every frame: follow the object forwards and backwards until it is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opsin.localization.matching import Found
+from opsin.video import VideoFrame, VideoReader
+
+PATIENCE = 4  # frames without the object before it counts as gone
+SCALE_STEPS = (0.9, 1.0, 1.11)
+REACH = 1.0  # how far the centre may move between frames, in box sides
+CHUNK_SECONDS = 1.0
+
+Measure = Callable[[Sequence[VideoFrame]], list[Callable[[Tensor, Tensor | None], Found]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The object on one frame."""
+
+    frame: int
+    time: float
+    box: Tensor
+    score: float
+
+
+def follow(
+    frames: Iterable[list[VideoFrame]], measure: Measure, start: Step, keep: float, natural: Tensor
+) -> list[Step]:
+    """Boxes on consecutive ``frames`` (chunks, in walking order) from ``start`` on, which is left out of the result.
+
+    ``measure`` encodes a chunk and answers, per frame, ``find(sides, near)``. The walk ends when ``PATIENCE`` frames
+    in a row score under ``keep``; those are dropped again. ``natural (2,)`` is the object's usual width and height: a box
+    stays within a factor of 2 of it.
+    """
+    steps: list[Step] = []
+    box, misses = start.box, 0
+    for chunk in frames:
+        for frame, find in zip(chunk, measure(chunk), strict=True):
+            found = find(_sides(box, natural), _near(box, REACH * (1 + misses)))
+            if found.score < keep:
+                misses += 1
+                steps.append(Step(frame.index, frame.time, box, float("nan")))
+                if misses >= PATIENCE:
+                    return steps[:-misses]
+                continue
+            misses = 0
+            box = 0.5 * box + 0.5 * found.box if _close(box, found.box) else found.box
+            steps.append(Step(frame.index, frame.time, box, found.score))
+    return steps[: len(steps) - misses]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether two boxes overlap so much that the difference is jitter of the grid rather than motion."""
+    side = (a[2:] - a[:2]).clamp(min=1)
+    return bool(((a - b).abs().reshape(2, 2) < 0.1 * side).all())
+
+
+def _sides(box: Tensor, natural: Tensor) -> Tensor:
+    sides = (box[2:] - box[:2])[None] * box.new_tensor(SCALE_STEPS)[:, None]
+    return torch.minimum(torch.maximum(sides, natural / 2), natural * 2)
+
+
+def _near(box: Tensor, reach: float) -> Tensor:
+    centre, side = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).clamp(min=4)
+    return torch.cat([centre - reach * side, centre + reach * side])
+
+
+def forwards(reader: VideoReader, after: float, until: float | None) -> Iterator[list[VideoFrame]]:
+    """Every frame later than ``after`` seconds, in chunks."""
+    chunk: list[VideoFrame] = []
+    for frame in reader.frames(start=after, stop=until):
+        if frame.time <= after + 1e-9:
+            continue
+        chunk.append(frame)
+        if len(chunk) == 4:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def backwards(reader: VideoReader, before: float) -> Iterator[list[VideoFrame]]:
+    """Every frame earlier than ``before`` seconds, last first, read in forward pieces of about a second."""
+    end = before
+    while end > 0:
+        start = max(0.0, end - CHUNK_SECONDS)
+        piece = [f for f in reader.frames(start=start, stop=end) if f.time < before - 1e-9]
+        for i in range(len(piece), 0, -4):
+            yield piece[max(0, i - 4) : i][::-1]
+        end = start
+
+
+def join(before: Sequence[Step], start: Step, after: Sequence[Step]) -> list[Step]:
+    """One step per frame number from the first to the last, boxes interpolated over frames that could not be read."""
+    measured = [*reversed(before), start, *after]
+    table = {s.frame: s for s in measured}
+    numbers = sorted(table)
+    result: list[Step] = []
+    for low, high in zip(numbers, numbers[1:], strict=False):
+        a, b = table[low], table[high]
+        for n in range(low, high):
+            part = (n - low) / (high - low)
+            result.append(
+                a
+                if n == low
+                else Step(n, a.time + part * (b.time - a.time), torch.lerp(a.box, b.box, part), float("nan"))
+            )
+    return [*result, table[numbers[-1]]]
+
+
+def smooth(steps: Sequence[Step]) -> Tensor:
+    """Boxes ``(T, 4)``: a running mean over three frames, the ends as measured."""
+    boxes = torch.stack([s.box for s in steps])
+    if len(boxes) < 3:
+        return boxes
+    return torch.cat([boxes[:1], (boxes[:-2] + boxes[1:-1] + boxes[2:]) / 3, boxes[-1:]])
