@@ -8,7 +8,8 @@ from opsin.localization import render
 video, crop = sys.argv[1:3]
 track = opsin.locate(video, image=crop)
 if track.found:
-    print(f"last seen {track.times[0]:.2f}-{track.times[-1]:.2f} s, box on frame {track.frames[-1]}: {track.boxes[-1].tolist()}")
+    span = f"{track.times[0]:.2f} s to {track.times[-1]:.2f} s"
+    print(f"last seen from {span}, at the end in {track.boxes[-1].tolist()}")
 else:
     print(f"not found; the best score is {track.score:.2f}")
 if len(sys.argv) > 3:

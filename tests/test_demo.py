@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 import json
 
 import pytest
@@ -24,9 +25,10 @@ def test_the_film_shows_the_photographs_smoothly_and_the_same_every_time(tmp_pat
     assert len(spans) == 2
     assert spans[1][0] > spans[0][1] + 1, "the object comes twice"
     assert spans[1][1] < frames[-1].time - 1, "and is gone in the end"
-    jumps = [(a.image.float() - b.image.float()).abs().mean().item() for a, b in zip(frames, frames[1:], strict=False)]
-    cuts = {i for i, jump in enumerate(jumps) if jump > 25}
-    assert cuts == {per_shot * k - 1 for k in range(1, len(demo.FILM))}, "only cuts jump"
+    jumps = [(a.image.float() - b.image.float()).abs().mean().item() for a, b in itertools.pairwise(frames)]
+    cuts = [per_shot * k - 1 for k in range(1, len(demo.FILM))]
+    largest = sorted(range(len(jumps)), key=jumps.__getitem__)[-len(cuts) :]
+    assert sorted(largest) == cuts, "nothing moves as much as a cut"
     again, _ = demo.make_film(tmp_path / "again.mp4")
     assert torch.equal(open_video(again).read_frame(77).image, frames[77].image)
 

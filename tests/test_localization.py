@@ -71,9 +71,16 @@ def model(tmp_path_factory):
     (folder / "backbone" / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     backbone = backbones.load(f"dir:{folder / 'backbone'}", device="cpu")
     card = ModelCard(
-        name="tiny", kind="regions", family="ren", source="", dim=backbone.dim, backbone="backbone", grid_size=8, image_size=128
+        name="tiny",
+        kind="regions",
+        family="ren",
+        source="",
+        dim=backbone.dim,
+        backbone="backbone",
+        grid_size=8,
+        image_size=128,
     )
-    made = RegionModel(backbone, RegionEncoder(backbone.dim, heads=4, layers=1), card)
+    made = RegionModel(backbone, RegionEncoder(backbone.dim, layers=1), card)
     made.save_pretrained(folder, embed_backbone=True)
     made.folder = folder
     return made
@@ -135,7 +142,9 @@ def test_cells_and_pixels_are_inverse():
     dense = DenseTokens(torch.zeros(4, 8, 16), ImageTransform((100, 50), (64, 128), (2.0, 0.5), (14.0, 7.0)))
     boxes = torch.tensor([[5.0, 10.0, 45.0, 90.0]])
     assert torch.allclose(dense.to_pixels(dense.to_cells(boxes)), boxes, atol=1e-4)
-    assert dense.to_cells(torch.tensor([0.0, 0.0, 50.0, 100.0])).tolist() == pytest.approx([14 / 8, 7 / 8, 114 / 8, 57 / 8])
+    assert dense.to_cells(torch.tensor([0.0, 0.0, 50.0, 100.0])).tolist() == pytest.approx(
+        [14 / 8, 7 / 8, 114 / 8, 57 / 8]
+    )
 
 
 def test_a_template_finds_its_object_on_a_new_background():
@@ -147,7 +156,12 @@ def test_a_template_finds_its_object_on_a_new_background():
         tokens[:, y : y + 6, x : x + 8] += 3 * token
         return DenseTokens(torch.nn.functional.normalize(tokens, dim=0), ImageTransform((240, 320), (240, 320)))
 
-    empty = [DenseTokens(torch.nn.functional.normalize(torch.randn(16, 24, 32, generator=generator), dim=0), scene(0, 0).transform) for _ in range(3)]
+    empty = [
+        DenseTokens(
+            torch.nn.functional.normalize(torch.randn(16, 24, 32, generator=generator), dim=0), scene(0, 0).transform
+        )
+        for _ in range(3)
+    ]
     example = mt.Example(scene(4, 5), torch.tensor([40.0, 50, 120, 110]))
     template = mt.Template.fit(mt.TokenSpace.fit([example.dense, *empty]), [example], empty)
     sides = torch.tensor([[80.0, 60.0], [40.0, 30.0], [120.0, 90.0]])
@@ -321,3 +335,16 @@ def test_what_is_written(model, frames, tmp_path):
     render.draw_box(drawn, box_at(25), "")
     assert drawn.tobytes() != plain.tobytes()
     assert query_picture(frames, frame=25, box=box_at(25)).shape == (3, 24, 30)
+
+
+def test_a_frame_that_was_not_measured_has_no_score_in_json(model, frames, tmp_path):
+    damaged = [np.asarray(Image.open(p)) for p in frames]
+    (tmp_path / "bad.png").write_bytes(b"damaged")
+    sources = [tmp_path / "bad.png" if i == 26 else a for i, a in enumerate(damaged)]
+    track = locate(sources, image=thing(), model=model, rate=10)
+    data = json.loads(save_track(track, tmp_path / "track.json").read_text())
+    rows = {row["frame"]: row for row in data["track"]}
+    assert rows[26]["score"] is None
+    assert rows[26]["box"][0] == pytest.approx((rows[25]["box"][0] + rows[27]["box"][0]) / 2, abs=2)
+    assert rows[25]["score"] > 0
+    assert data["skipped_frames"] == 1

@@ -23,7 +23,7 @@ def shade(i: int) -> int:
 
 
 def write_video(path, count=60, *, times=None, rotation=0, gop=10, container="mp4", options=None) -> Path:
-    """A clip whose frame ``i`` is grey of ``shade(i)`` with a red corner, with B-frames, by default at 30 per second."""
+    """A clip whose frame ``i`` is grey of ``shade(i)`` with a red corner, with B-frames, 30 per second."""
     with av.open(str(path), "w", format=container, options=options or {}) as output:
         settings = {"g": str(gop), "bf": "2", "crf": "10", "sc_threshold": "0"}
         stream = output.add_stream("libx264", rate=30, options=settings)
@@ -245,9 +245,13 @@ def test_writing_a_clip_keeps_pictures_and_times(tmp_path):
 
 
 def test_an_interrupted_clip_leaves_nothing(tmp_path):
-    with pytest.raises(UnsupportedSize, match=r"\(3, 32, 32\)"), ClipWriter(tmp_path / "clip.mp4", 25, (32, 32)) as clip:
-        clip.write(torch.zeros(3, 32, 32))
-        clip.write(torch.zeros(3, 16, 16))
+    def interrupted():
+        with ClipWriter(tmp_path / "clip.mp4", 25, (32, 32)) as clip:
+            clip.write(torch.zeros(3, 32, 32))
+            clip.write(torch.zeros(3, 16, 16))
+
+    with pytest.raises(UnsupportedSize, match=r"\(3, 32, 32\)"):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from opsin.errors import InvalidConfig, UnsupportedSize
 from opsin.hub import atomic_path
 
-MAX_PIXELS = 1 << 26
+MAX_PIXELS = 1 << 26  # per frame; 8K is 2^25
 CLOCK = 90_000  # ticks per second: fine enough for any frame rate
 
 

@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin.clip import ClipWriter
+from opsin.clip import MAX_PIXELS, ClipWriter
 from opsin.errors import InvalidConfig, InvalidImage, InvalidPrompt, InvalidVideo, MissingFile
 from opsin.images import list_images, read_image
 
 __all__ = ["ClipWriter", "VideoFrame", "VideoReader", "open_video"]
 
-MAX_PIXELS = 1 << 26  # per frame; 8K is 2^25
 MAX_CONSECUTIVE_ERRORS = 256  # unreadable packets in a row before the rest of a file counts as lost
 NOT_VIDEO = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg decodes text files into pictures with these
 
@@ -218,7 +217,7 @@ class _StreamReader(VideoReader):
 
     def __init__(self, source: str | Path) -> None:
         self._source = source
-        self.name = source.name if isinstance(source, Path) else source.removeprefix("file://")
+        self.name = source.name if isinstance(source, Path) else source
         if isinstance(source, Path) and source.stat().st_size == 0:
             raise InvalidVideo("A video file must not be empty", got=f"{self.name}: 0 bytes")
         self.live = isinstance(source, str) and source.startswith("camera:")
@@ -262,8 +261,8 @@ class _StreamReader(VideoReader):
             and not s.disposition & av.stream.Disposition.attached_pic
         ]  # fmt: skip
         if not streams:
-            kinds = ", ".join(sorted({"text" if s.type == "video" else s.type for s in container.streams})) or "nothing"
-            raise InvalidVideo("The file must hold a video stream", got=f"{self.name}: {kinds}")
+            kinds = {"text or a cover picture" if s.type == "video" else s.type for s in container.streams}
+            raise InvalidVideo("A file must hold a video stream", got=f"{self.name}: {', '.join(kinds) or 'nothing'}")
         stream = streams[0]
         if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
             got = f"{self.name}: {stream.codec_context.width}×{stream.codec_context.height}"

@@ -126,6 +126,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(options, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert max(losses_of(broken["out"])) == 4  # one step further than the saved state
+    assert (tmp_path / "broken/regions.safetensors").exists()  # the model of step 3 can be used already
     train(broken)
     resumed = losses_of(broken["out"])
     assert list(resumed) == list(whole) == [1, 2, 3, 4, 5, 6]

@@ -23,7 +23,7 @@ SHOT_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Shot:
-    """One camera move over one photograph: the view's centre and height at its start and end, in shares of the photo."""
+    """One camera move over one photograph: the view's centre and height at both ends, in shares of the photo."""
 
     photo: str
     start: tuple[float, float, float]
@@ -134,4 +134,6 @@ def filmed(photo: Tensor, shot: Shot) -> Iterator[Tensor]:
         ys = (top + (torch.arange(FRAME[0]) + 0.5) * h / FRAME[0]) / height * 2 - 1
         xs = (left + (torch.arange(FRAME[1]) + 0.5) * w / FRAME[1]) / width * 2 - 1
         grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)[None]
-        yield F.grid_sample(photo[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0].clamp(0, 1)
+        yield F.grid_sample(photo[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0].clamp(
+            0, 1
+        )

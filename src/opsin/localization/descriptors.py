@@ -22,7 +22,7 @@ Kind = Literal["pred", "proj", "features", "both"]
 
 @dataclass(frozen=True, eq=False)
 class DenseTokens:
-    """Unit tokens ``(D, h, w)`` float32 of one picture; cell centres are the prompts. ``transform``: pixels → canvas."""
+    """Unit tokens ``(D, h, w)`` float32 of one picture, one per cell. ``transform``: pixels → canvas."""
 
     tokens: Tensor
     transform: ImageTransform

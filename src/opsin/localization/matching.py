@@ -1,7 +1,7 @@
 """Is the object in this picture, and where: a small linear template, learned from the query, slid over dense tokens.
 
-``TokenSpace`` removes what all pictures of this video share; ``Template`` is a linear discriminant (Hariharan, Malik and
-Ramanan, 2012) between the query and the video's background, so that scoring every window of a picture costs a 1×1
+``TokenSpace`` removes what all pictures of this video share; ``Template`` is a linear discriminant (Hariharan, Malik
+and Ramanan, 2012) between the query and the video's background, so that scoring every window of a picture costs a 1×1
 convolution and a few running sums.
 """
 
@@ -50,7 +50,7 @@ class TokenSpace:
 
 
 def refine_grid(maps: Tensor) -> tuple[Tensor, int]:
-    """``maps (C, h, w)`` bilinearly refined by the least whole factor that gives ``FINE`` cells a side, and the factor."""
+    """``maps (C, h, w)`` refined by the least whole factor that gives ``FINE`` cells a side, and the factor."""
     factor = max(1, -(-FINE // max(maps.shape[1:])))
     if factor == 1:
         return maps, 1
@@ -139,7 +139,7 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """``weights (PARTS² + 1, K)`` and ``bias`` over the parts of a window; ``token (K,)`` the object's unit mean token."""
+    """``weights (PARTS² + 1, K)`` and ``bias`` over the parts of a window; ``token (K,)`` the object's mean token."""
 
     space: TokenSpace
     weights: Tensor
@@ -150,7 +150,7 @@ class Template:
     def fit(
         cls, space: TokenSpace, examples: Sequence[Example], background: Sequence[DenseTokens], seed: int = 0
     ) -> Template:
-        """Learn the object of ``examples`` against the rest of their pictures and windows of ``background`` pictures."""
+        """Learn the object of ``examples`` against the rest of their pictures and against ``background`` pictures."""
         generator = torch.Generator().manual_seed(seed)
         objects, others, wholes = [], [], []
         for example in examples:
@@ -187,7 +187,7 @@ class Template:
         return cls(space, weights.float().reshape(PARTS**2 + 1, -1), -float(weights @ mean), token)
 
     def best(self, dense: DenseTokens, sides: Tensor, near: Tensor | None = None) -> Found:
-        """The best window over ``sides (S, 2)`` (width, height in original pixels); ``near (4,)`` limits the centres."""
+        """The best window over ``sides (S, 2)``, (width, height) in original pixels; ``near (4,)`` limits centres."""
         tokens = self.space(dense.tokens)
         maps, factor = refine_grid(torch.einsum("pk,khw->phw", self.weights, tokens))
         sums = running_sum(maps)

@@ -21,7 +21,7 @@ from opsin.images import read_image
 from opsin.localization import query as q
 from opsin.localization import timeline as tl
 from opsin.localization import track as tr
-from opsin.localization.descriptors import DenseTokens, dense_tokens
+from opsin.localization.descriptors import DenseTokens, Kind, dense_tokens
 from opsin.localization.matching import Example, Found, Template, TokenSpace
 from opsin.types import Track
 from opsin.video import VideoFrame, VideoReader, open_video
@@ -29,11 +29,12 @@ from opsin.video import VideoFrame, VideoReader, open_video
 if TYPE_CHECKING:
     from opsin.regions import RegionModel
 
-CALIBRATION_FRAMES = 8
+CALIBRATION_FRAMES = 8  # spread over the video: what its background looks like
+TOKENS: Kind = "features"  # what a cell is described by
 SEARCH_SCALES = (0.5, 0.63, 0.8, 1.0, 1.26, 1.6, 2.0)
 BATCH = 4
 THRESHOLD = 0.3
-SHARE = 0.7  # of the best score that a later occurrence needs to be preferred
+SHARE = 0.55  # of the best score that a later occurrence needs to be preferred
 KEEP = 0.4  # share of the peak's score, also above the video's usual one, at which the object counts as still there
 
 Encode = Callable[[Sequence[Tensor]], list[DenseTokens]]
@@ -42,7 +43,8 @@ Encode = Callable[[Sequence[Tensor]], list[DenseTokens]]
 def locate(
     video: Any, *, image: Any = None, frame: int | None = None, box: Sequence[float] | None = None,
     point: Sequence[float] | None = None, model: str | Path | RegionModel = "opsin-tiny", rate: float | None = 5.0,
-    threshold: float = THRESHOLD, search: str = "before", size: int | None = None, device: Any = None, dtype: Any = None,
+    threshold: float = THRESHOLD, search: str = "before", size: int | None = None, device: Any = None,
+    dtype: Any = None,
 ) -> Track:  # fmt: skip
     """The last time that an object was seen in a video, as one box per frame.
 
@@ -69,8 +71,8 @@ def locate(
     Raises:
         InvalidVideo, MissingFile, InvalidImage, InvalidPrompt, InvalidConfig, and what loading a model raises.
 
-    Source: the task and its stages follow REN-VQL (arXiv 2505.18153, after RELOCATE, 2412.01826) with one round of search;
-    the template is an exemplar discriminant (Hariharan et al., 2012).
+    Source: the task and its stages follow REN-VQL (arXiv 2505.18153, after RELOCATE, 2412.01826) with one round of
+    search; the template is an exemplar discriminant (Hariharan et al., 2012).
     """
     if search not in ("before", "all"):
         raise InvalidConfig('search is "before" or "all"', got=search)
@@ -83,7 +85,7 @@ def locate(
             model = RegionModel.from_pretrained(model, device=device, dtype=dtype)
         wanted = q.read_query(reader, model, image=image, frame=frame, box=box, point=point)
         until = wanted.time if search == "before" else None
-        encode = partial(dense_tokens, model, size=size or search_size(model))
+        encode = partial(dense_tokens, model, size=size or search_size(model), kind=TOKENS)
         template = learn(reader, wanted, encode, until)
         rows = search_pass(reader, wanted, template, encode, rate, until)
         at = tl.last_confident(rows.scores, threshold, SHARE)
@@ -129,7 +131,7 @@ def learn(reader: VideoReader, wanted: q.Wanted, encode: Encode, until: float | 
 def search_pass(
     reader: VideoReader, wanted: q.Wanted, template: Template, encode: Encode, rate: float | None, until: float | None
 ) -> tl.Timeline:
-    """The best window of every sampled frame, scores smoothed in time. Frames are forgotten as soon as they are scored."""
+    """The best window of every sampled frame, scores smoothed in time; a scored frame is forgotten."""
     sides = torch.tensor(wanted.size)[None] * torch.tensor(SEARCH_SCALES)[:, None]
     end = until if until is not None else reader.duration
     total = int(end * (rate or reader.fps)) if end else None

@@ -91,7 +91,7 @@ def paste(crop: Tensor, picture: Tensor, scale: float, generator: torch.Generato
 
 
 def composites(wanted: Wanted, pictures: Sequence[Tensor], seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """The object pasted into frames of the video at several scales, with its boxes: examples that share no background."""
+    """The object pasted into frames of the video at several scales, and its boxes: examples of many backgrounds."""
     generator = torch.Generator().manual_seed(seed)
     return [
         paste(wanted.crop, picture, PASTE_SCALES[i % len(PASTE_SCALES)], generator)

@@ -48,8 +48,8 @@ def annotated_clip(video: Any, track: Track, path: str | Path, *, around: float 
 
 
 def contact_sheet(video: Any, track: Track, path: str | Path, *, query: Tensor | None = None, count: int = 8) -> Path:
-    """Write a PNG: ``query (3, h, w)`` in [0, 1], the score over time with the answer marked, ``count`` frames of the track
-    (of the best-scoring moments when it was not found)."""
+    """Write a PNG: ``query (3, h, w)`` in [0, 1], the score over time with the answer marked, and ``count`` frames
+    of the track (of the best-scoring moments when it was not found)."""
     path, side, columns = Path(path), 240, 4
     numbers = shown_frames(track, count)
     cells = []

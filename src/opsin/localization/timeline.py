@@ -27,7 +27,8 @@ class Timeline:
         table = list(rows)
         boxes = torch.stack([r[2] for r in table]) if table else torch.zeros((0, 4))
         return cls(
-            torch.tensor([r[0] for r in table], dtype=torch.long), torch.tensor([r[1] for r in table], dtype=torch.float64),
+            torch.tensor([r[0] for r in table], dtype=torch.long),
+            torch.tensor([r[1] for r in table], dtype=torch.float64),
             boxes, torch.tensor([r[3] for r in table], dtype=torch.float32),
         )  # fmt: skip
 

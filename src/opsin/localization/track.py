@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,8 +36,8 @@ def follow(
     """Boxes on consecutive ``frames`` (chunks, in walking order) from ``start`` on, which is left out of the result.
 
     ``measure`` encodes a chunk and answers, per frame, ``find(sides, near)``. The walk ends when ``PATIENCE`` frames
-    in a row score under ``keep``; those are dropped again. ``natural (2,)`` is the object's usual width and height: a box
-    stays within a factor of 2 of it.
+    in a row score under ``keep``; those are dropped again. A box stays within a factor of 2 of ``natural (2,)``, the
+    object's usual width and height.
     """
     steps: list[Step] = []
     box, misses = start.box, 0
@@ -102,7 +103,7 @@ def join(before: Sequence[Step], start: Step, after: Sequence[Step]) -> list[Ste
     table = {s.frame: s for s in measured}
     numbers = sorted(table)
     result: list[Step] = []
-    for low, high in zip(numbers, numbers[1:], strict=False):
+    for low, high in itertools.pairwise(numbers):
         a, b = table[low], table[high]
         for n in range(low, high):
             part = (n - low) / (high - low)

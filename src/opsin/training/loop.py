@@ -167,9 +167,9 @@ class Loop:
                         self.export(self.encoder)
                     log({f"val_{k}": v for k, v in result.items()})
                 if self.step % c.save_every == 0 or self.step == self.total:
+                    if accelerator.is_main_process and (self.val is None or c.keep == "last"):
+                        self.export(self.encoder)
                     self._save()
-        if accelerator.is_main_process and (self.val is None or c.keep == "last"):
-            self.export(self.encoder)
         accelerator.wait_for_everyone()
         best = None if math.isinf(self.best) else self.best
         return {"steps": self.step, "loss": last.get("loss"), "best_val_loss": best, "skipped": self.skipped}

@@ -100,7 +100,7 @@ def save_model(encoder: nn.Module, backbone: nn.Module, config: RegionTrainingCo
         "name": config.name or out.name,
         "kind": "regions",
         "family": "ren",
-        "source": f"dir:{out}",
+        "source": "",  # where the folder lies is no property of the model
         "revision": "main",
         "sha256": "",
         "files": (),
