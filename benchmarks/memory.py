@@ -59,7 +59,6 @@ def make(path: Path, seconds: float) -> Path:
 def child(ref: str, video: str, crop: str, rate: float) -> dict[str, Any]:
     """Peak memory and result of one search."""
     from opsin.localization import locate
-
     from opsin.regions import RegionModel
 
     model = RegionModel.from_pretrained(ref)

@@ -54,7 +54,9 @@ def test_label_masks():
     assert geometry.label_masks(labels, members).tolist() == [[[True, False], [True, False]]]
 
 
-@pytest.mark.parametrize("box", [(0, 0, 0, 5), (5, 5, 2, 2), (50, 50, 60, 60), (-9, -9, -1, -1), (0, 0, np.nan, 4), (1, 2, 3)])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 0, 5), (5, 5, 2, 2), (50, 50, 60, 60), (-9, -9, -1, -1), (0, 0, np.nan, 4), (1, 2, 3)]
+)
 def test_bad_boxes(box):
     with pytest.raises(InvalidPrompt):
         geometry.check_box(box, (20, 30))
@@ -64,7 +66,9 @@ def test_boxes_are_cut_to_the_image():
     assert geometry.check_box((-5, -5, 40, 10), (20, 30)) == (0, 0, 30, 10)
 
 
-@pytest.mark.parametrize("points", [torch.tensor([[31.0, 5]]), torch.tensor([[-1.0, 5]]), torch.zeros(3), torch.tensor([[np.nan, 1]])])
+@pytest.mark.parametrize(
+    "points", [torch.tensor([[31.0, 5]]), torch.tensor([[-1.0, 5]]), torch.zeros(3), torch.tensor([[np.nan, 1]])]
+)
 def test_bad_points(points):
     with pytest.raises(InvalidPrompt):
         geometry.check_points(points, (20, 30))

@@ -139,7 +139,9 @@ def test_unfit_undoes_fit():
     image = torch.stack([x, y, x * y])
     for mode in ("stretch", "pad"):
         canvas, transform = images.fit(image, (64, 64), mode)
-        torch.testing.assert_close(images.unfit(canvas, transform)[:, 2:-2, 2:-2], image[:, 2:-2, 2:-2], atol=0.02, rtol=0)
+        torch.testing.assert_close(
+            images.unfit(canvas, transform)[:, 2:-2, 2:-2], image[:, 2:-2, 2:-2], atol=0.02, rtol=0
+        )
     padded, transform = images.pad_to_multiple(image, 14)
     assert padded.shape == (3, 42, 70)
     torch.testing.assert_close(images.unfit(padded, transform), image, atol=1e-5, rtol=0)

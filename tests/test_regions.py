@@ -9,7 +9,14 @@ import torch
 import opsin
 from opsin import backbones
 from opsin.cards import ModelCard, find
-from opsin.errors import IncompatibleModel, InvalidCheckpoint, InvalidConfig, InvalidPrompt, MissingFile, UnsupportedSize
+from opsin.errors import (
+    IncompatibleModel,
+    InvalidCheckpoint,
+    InvalidConfig,
+    InvalidPrompt,
+    MissingFile,
+    UnsupportedSize,
+)
 from opsin.geometry import ImageTransform
 from opsin.regions import RegionEncoder, RegionModel, TransferModel, aggregate, convert_published, extent, prompts
 from opsin.regions.encoder import fourier_positions, grid_centres
@@ -276,7 +283,12 @@ def test_checkpoints_that_are_none(tmp_path):
     path = tmp_path / "checkpoint.pth"
     with pytest.raises(MissingFile):
         convert_published(path, card)
-    for content in (b"", b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"PK\x03\x04junk"):
+    for content in (
+        b"",
+        b"<!DOCTYPE html><html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+        b"PK\x03\x04junk",
+    ):
         path.write_bytes(content)
         with pytest.raises(InvalidCheckpoint):
             convert_published(path, card)

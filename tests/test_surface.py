@@ -77,13 +77,15 @@ def test_module(path):
         assert not code, "devices belong to runtime"
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if room(p) != "__init__"], ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if room(p) != "__init__"], ids=lambda p: str(p.relative_to(SOURCE))
+)
 def test_imports_go_one_way(path):
     own = LEVEL[room(path)]
     for name in imports(ast.parse(path.read_text())):
         parts = name.split(".")
         if parts[0] == "opsin" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != room(path):
-            lower = LEVEL[parts[1]] < own or {parts[1], room(path)} <= LEVELS[own] and own <= 1
+            lower = LEVEL[parts[1]] < own or ({parts[1], room(path)} <= LEVELS[own] and own <= 1)
             assert lower, f"{room(path)} imports {parts[1]}"
 
 

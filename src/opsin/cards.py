@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from opsin.errors import InvalidCheckpoint, MissingFile, UnknownModel, near_misses
 
@@ -64,8 +64,8 @@ class ModelCard:
     seed: int = 42
     grid_size: int = 0
     threshold: float = 0.9
-    grouping: str = "components"
-    fit: str = "stretch"
+    grouping: Literal["components", "average"] = "components"
+    fit: Literal["stretch", "pad"] = "stretch"
     regions: str = ""
     tokens: str = ""
     measured: dict[str, Any] = field(default_factory=dict)

@@ -182,7 +182,12 @@ class Track:
             "size": list(self.size),
             "skipped_frames": self.skipped,
             "track": [
-                {"frame": f, "time": round(t, 4), "box": [round(v, 2) for v in b], "score": round(s, 4) if s == s else None}
+                {
+                    "frame": f,
+                    "time": round(t, 4),
+                    "box": [round(v, 2) for v in b],
+                    "score": round(s, 4) if s == s else None,  # nan where it was not measured
+                }
                 for f, t, b, s in rows
             ],
             **self.details,

@@ -92,8 +92,8 @@ def connected_components(tokens: Tensor, threshold: float) -> Tensor:
 def _components(edges: Tensor) -> Tensor:
     """Component label ``(N,)`` of each node of a symmetric adjacency ``(N, N)``.
 
-    Every round each component takes the smallest label that it touches and labels are then followed to their root, so the
-    number of rounds grows with the logarithm of the longest chain; all rounds are matrix work.
+    Every round each component takes the smallest label that it touches and labels are then followed to their root,
+    so the number of rounds grows with the logarithm of the longest chain; all rounds are matrix work.
     """
     edges = edges.clone().fill_diagonal_(True)
     labels = torch.arange(len(edges), device=edges.device, dtype=torch.int32)

@@ -160,9 +160,14 @@ class RegionEncoder(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         self._initialise()
 
+    @property
+    def blocks(self) -> list[RegionAttention]:
+        """The layers, in order."""
+        return list(self.region_attention_layers)  # type: ignore[arg-type]
+
     def _initialise(self) -> None:
         projections = [self.prompt_proj, self.out_proj]
-        for layer in self.region_attention_layers:
+        for layer in self.blocks:
             attention = layer.cross_attn
             projections += [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj]
         for projection in projections:
@@ -201,7 +206,7 @@ class RegionEncoder(nn.Module):
         grid = (int(features.shape[2]), int(features.shape[3]))
         # Token-major in memory: attention over channel-first values takes a path twice as slow.
         cells = features.flatten(2).transpose(1, 2).contiguous() + self.positions(grid_centres(grid, features.device))
-        attentions = [layer.cross_attn for layer in self.region_attention_layers]
+        attentions = [layer.cross_attn for layer in self.blocks]
         keys = tuple(a.keys(cells) for a in attentions)
         # The last layer reads the features themselves, so that its tokens stay in their space.
         values = (*(a.split(a.v_proj(cells)) for a in attentions[:-1]), attentions[-1].split(cells))
@@ -216,7 +221,7 @@ class RegionEncoder(nn.Module):
     def _decode(self, memory: RegionMemory, points: Tensor) -> Tensor:
         prompt = self.positions(points)
         queries = self.prompt_proj(prompt)
-        for layer, keys, values in zip(self.region_attention_layers, memory.keys, memory.values, strict=True):
+        for layer, keys, values in zip(self.blocks, memory.keys, memory.values, strict=True):
             queries = layer(queries + prompt, keys, values)
         return queries
 
@@ -228,9 +233,9 @@ class RegionEncoder(nn.Module):
         """Attention logits ``(B, heads, P, h·w)`` of one layer, before the softmax: where each prompt looks."""
         prompt = self.positions(points)
         queries = self.prompt_proj(prompt) + prompt
-        index = range(len(self.region_attention_layers))[layer]
+        index = range(len(self.blocks))[layer]
         for i in range(index):
-            queries = self.region_attention_layers[i](queries, memory.keys[i], memory.values[i]) + prompt
-        block = self.region_attention_layers[index]
+            queries = self.blocks[i](queries, memory.keys[i], memory.values[i]) + prompt
+        block = self.blocks[index]
         heads = block.cross_attn.queries(block.query_norm(queries))
         return heads @ memory.keys[index].transpose(-1, -2) * heads.shape[-1] ** -0.5

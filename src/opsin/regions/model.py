@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,29 +15,15 @@ from opsin import backbones, hub, runtime
 from opsin.backbones import Backbone
 from opsin.cards import ModelCard
 from opsin.errors import IncompatibleModel, InvalidConfig, InvalidPrompt
-from opsin.geometry import ImageTransform, RunLengthMask, Size, check_box, check_points
-from opsin.images import ImageSource, read_images, resize
-from opsin.regions import aggregate, extent, prompts
+from opsin.images import ImageSource, read_images
+from opsin.regions import aggregate, extent
 from opsin.regions.aggregate import Grouping, Groups
+from opsin.regions.asking import Asked, Prompts, one_each, own_prompts, spread_prompts
 from opsin.regions.checkpoint import REGION_WEIGHTS, locate_weights
 from opsin.regions.encoder import RegionEncoder, RegionMemory, RegionOutput
 from opsin.types import FeatureMap, Query, RegionTokens
 
-Prompts = Literal["slic", "grid"]
 Token = Literal["pred", "proj"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """The prompts of one image: canvas fractions ``(P, 2)``, and what is already known about their regions."""
-
-    points: Tensor
-    original: Tensor
-    owners: Groups | None = None
-    superpixels: Tensor | None = None
-    superpixel_transform: ImageTransform | None = None
-    boxes: Tensor | None = None
-    masks: tuple[RunLengthMask, ...] | None = None
 
 
 class RegionModel(nn.Module):
@@ -182,21 +168,21 @@ class RegionModel(nn.Module):
         ``token``: ``"pred"`` names regions, ``"proj"`` lives in the backbone's space. ``with_masks`` adds run-length
         masks. ``compat="published"``: REN's rules for small groups.
         """
-        if sum(p is not None for p in (points, boxes, masks)) > 1:
-            raise InvalidPrompt("Prompts are points, or boxes, or masks", got="more than one kind")
+        own = {
+            kind: given for kind, given in (("points", points), ("boxes", boxes), ("masks", masks)) if given is not None
+        }
+        if len(own) > 1:
+            raise InvalidPrompt("Prompts are points, or boxes, or masks", got=" and ".join(own))
         if token not in ("pred", "proj"):
             raise InvalidConfig('token is "pred" or "proj"', got=token)
-        own = [points, boxes, masks]
-        asked = [
-            self._prompts(
-                f,
-                None if pictures is None else pictures[i],
-                prompts,
-                *(None if o is None else o[i] for o in own),
-                grid_size,
-            )
-            for i, f in enumerate(features)
-        ]
+        asked = []
+        for i, feature in enumerate(features):
+            if own:
+                ((kind, given),) = own.items()
+                asked.append(own_prompts(kind, given[i], feature.transform))
+            else:
+                picture = None if pictures is None else pictures[i]
+                asked.append(spread_prompts(prompts, picture, feature.transform, grid_size or self.card.grid_size))
         rule = {
             "threshold": self.card.threshold if threshold is None else threshold,
             "method": grouping or self.card.grouping,
@@ -226,52 +212,13 @@ class RegionModel(nn.Module):
         picture = read_images(image)[0]
         if box is None and point is None and mask is None:
             box = (0, 0, picture.shape[2], picture.shape[1])
-        asked = {
-            "boxes": None if box is None else torch.as_tensor(box, dtype=torch.float32).reshape(1, -1),
-            "points": None if point is None else torch.as_tensor(point, dtype=torch.float32).reshape(1, -1),
-            "masks": None if mask is None else mask[None],
-        }
-        return Query(self.encode(picture, **asked).tokens, self.name, "crop" if box is not None else "image")
-
-    def _prompts(
-        self,
-        features: FeatureMap,
-        picture: Tensor | None,
-        kind: str,
-        points: Any,
-        boxes: Any,
-        masks: Any,
-        grid_size: int | None,
-    ) -> _Asked:
-        transform = features.transform
-        if points is not None:
-            original = check_points(torch.as_tensor(points, dtype=torch.float32).reshape(-1, 2), transform.size)
-            return _Asked(transform.normalise(original), original, _one_each(len(original)))
-        if boxes is not None:
-            rows = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-            checked = torch.tensor([check_box(b, transform.size) for b in rows]).reshape(-1, 4)
-            original = prompts.box_prompts(checked).reshape(-1, 2)
-            owners = Groups(torch.arange(len(checked)).repeat_interleave(9), torch.full((len(checked),), 9))
-            return _Asked(transform.normalise(original), original, owners, boxes=checked)
-        if masks is not None:
-            return _mask_asked(torch.as_tensor(masks).bool(), transform)
-        count = grid_size or self.card.grid_size
-        x1, y1, x2, y2 = transform.content
-        inner: Size = (max(1, round(y2 - y1)), max(1, round(x2 - x1)))
-        offset = torch.tensor(transform.offset)
-        canvas = torch.tensor((transform.canvas[1], transform.canvas[0]), dtype=torch.float32)
-        if kind == "grid":
-            spread = prompts.grid_points(inner, count) + offset
-            return _Asked(spread / canvas, transform.to_original(spread))
-        if kind != "slic":
-            raise InvalidConfig('prompts is "slic" or "grid"', got=kind)
-        if picture is None:
-            raise InvalidPrompt("Superpixels need the pictures", remedy='Pass pictures, or prompts="grid".')
-        found = prompts.slic(resize(picture, inner), round(count**2 * inner[0] * inner[1] / canvas.prod().item()))
-        spread = found.points + offset
-        scale = (inner[1] / transform.size[1], inner[0] / transform.size[0])
-        own = ImageTransform(transform.size, inner, scale)
-        return _Asked(spread / canvas, transform.to_original(spread), None, found.labels, own)
+        found = self.encode(
+            picture,
+            boxes=None if box is None else torch.as_tensor(box, dtype=torch.float32).reshape(1, -1),
+            points=None if point is None else torch.as_tensor(point, dtype=torch.float32).reshape(1, -1),
+            masks=None if mask is None else mask[None],
+        )
+        return Query(found.tokens, self.name, "crop" if box is not None else "image")
 
     def _decode(self, memories: Sequence[RegionMemory], points: Sequence[Tensor]) -> list[RegionOutput]:
         """Tokens of each image's prompts; images of one grid go through together, shorter lists padded."""
@@ -295,7 +242,7 @@ class RegionModel(nn.Module):
         self,
         features: FeatureMap,
         memory: RegionMemory,
-        asked: _Asked,
+        asked: Asked,
         output: RegionOutput,
         rule: Any,
         token: Token,
@@ -307,7 +254,7 @@ class RegionModel(nn.Module):
         if asked.owners is not None:
             groups = Groups(asked.owners.labels.to(device), asked.owners.counts.to(device))
         elif rule is None:
-            groups = _one_each(len(pred), device)
+            groups = one_each(len(pred), device)
         else:
             groups = aggregate.group(pred, **rule)
         chosen = pred if token == "pred" else output.proj_tokens[0].to(pred.dtype)
@@ -331,23 +278,6 @@ class RegionModel(nn.Module):
             model=self.name,
             masks=masks if with_masks else None,
         )
-
-
-def _one_each(count: int, device: torch.device | None = None) -> Groups:
-    return Groups(torch.arange(count, device=device), torch.ones(count, dtype=torch.long, device=device))
-
-
-def _mask_asked(masks: Tensor, transform: ImageTransform) -> _Asked:
-    from opsin.geometry import mask_boxes
-
-    if masks.ndim != 3 or tuple(masks.shape[1:]) != transform.size:
-        raise InvalidPrompt(f"Masks have shape (K, {transform.size[0]}, {transform.size[1]})", got=tuple(masks.shape))
-    inside = [prompts.mask_prompts(m) for m in masks]
-    counts = torch.tensor([len(p) for p in inside], dtype=torch.long)
-    original = torch.cat(inside) if inside else torch.zeros((0, 2))
-    owners = Groups(torch.arange(len(inside)).repeat_interleave(counts), counts)
-    encoded = tuple(RunLengthMask.encode(m) for m in masks)
-    return _Asked(transform.normalise(original), original, owners, boxes=mask_boxes(masks), masks=encoded)
 
 
 def _per_image(value: Any, count: int, rank: int, single: bool, name: str) -> list[Tensor] | None:
