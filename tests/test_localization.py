@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import struct
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -17,8 +21,9 @@ from opsin.localization import matching as mt
 from opsin.localization import timeline as tl
 from opsin.localization import track as tr
 from opsin.localization.descriptors import DenseTokens
+from opsin.localization.model import calibration_frames
 from opsin.localization.query import paste
-from opsin.video import ClipWriter, VideoFrame, open_video
+from opsin.video import ClipWriter, VideoFrame, VideoReader, open_video
 
 SIZE = (96, 128)
 COUNT = 40
@@ -116,6 +121,15 @@ def test_the_last_confident_peak_wins_over_the_best_one():
     assert tl.last_confident(scores, 0.3, 0.4) == 5
     assert tl.last_confident(scores, 0.95, 0.7) is None
     assert tl.last_confident(torch.zeros(0), 0.3, 0.7) is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100, 1000])
+def test_thinning_spreads_evenly_and_holds_few(count):
+    kept = tl.thinned(range(count), 8)
+    assert len(kept) <= 8
+    assert len(kept) >= min(count, 4)
+    assert len({b - a for a, b in itertools.pairwise(kept)}) <= 1
+    assert not kept or kept[-1] >= (count - 1) * 0.6
 
 
 def test_part_means_agree_with_slices():
@@ -273,6 +287,100 @@ def test_an_absent_object_is_not_found_and_the_best_score_is_told(model, frames,
     assert render.contact_sheet(tmp_path / "empty.mp4", track, tmp_path / "sheet.png").exists()
 
 
+def test_a_live_source_is_searched_for_its_duration(model, frames):
+    class Camera(VideoReader):
+        name, fps, size, live = "camera:test", 10.0, SIZE, True
+
+        def _decode(self, start, index):
+            yield from ((i, 5 + i / 10, film_frames[i]) for i in range(COUNT))
+
+        def _image(self, raw):
+            return (raw * 255).to(torch.uint8)
+
+    film_frames = film()
+    track = locate(Camera(), image=thing(), model=model, rate=10, duration=1.8)
+    assert (int(track.frames[0]), int(track.frames[-1])) == pytest.approx((6, 13), abs=1)
+    assert track.times.tolist() == pytest.approx([n / 10 for n in track.frames.tolist()], abs=1e-3)
+    assert track.video == "camera:test"
+    assert quality(track) > 0.5
+    assert int(locate(Camera(), image=thing(), model=model, rate=10, duration=99).frames[-1]) == pytest.approx(
+        30, abs=1
+    )
+    with pytest.raises(InvalidConfig, match="duration"):
+        locate(Camera(), image=thing(), model=model)
+
+
+def test_a_duration_bounds_the_search_of_a_file(model, frames):
+    reader = open_video(frames, fps=10)
+    track = locate(reader, image=thing(), model=model, rate=10, duration=1.8)
+    assert int(track.frames[-1]) == pytest.approx(13, abs=1)
+    assert float(track.timeline[-1, 0]) < 1.8
+    cut = locate(reader, image=thing(), model=model, rate=10, duration=2.6)
+    assert int(cut.frames[-1]) == 25, "the track ends where the search does"
+    asked = locate(reader, frame=24, box=box_at(24), model=model, rate=10, duration=1.8)
+    assert int(asked.frames[-1]) == pytest.approx(13, abs=1), "the earlier of the query's frame and the duration"
+    with pytest.raises(InvalidConfig, match="duration"):
+        locate(reader, image=thing(), model=model, duration=0)
+
+
+def encoded(path, frames, times=None, rotation=0, gop=12):
+    """The film as an mp4 that a player shows upright, ten frames per second or at ``times``."""
+    turned = [np.ascontiguousarray(np.rot90(f.permute(1, 2, 0).numpy(), -rotation // 90)) for f in frames]
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=10, options={"crf": "12", "g": str(gop), "sc_threshold": "0"})
+        stream.height, stream.width, stream.pix_fmt = *turned[0].shape[:2], "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i, image in enumerate(turned):
+            picture = av.VideoFrame.from_ndarray((image * 255).round().astype(np.uint8), format="rgb24")
+            picture.pts, picture.time_base = round((times[i] if times else i / 10) * 1000), Fraction(1, 1000)
+            output.mux(stream.encode(picture))
+        output.mux(stream.encode())
+    return path
+
+
+def test_variable_frame_rate_and_rotation(model, tmp_path):
+    times = np.cumsum([0.0, *np.random.default_rng(0).uniform(0.02, 0.4, COUNT - 1)]).tolist()
+    path = encoded(tmp_path / "phone.mp4", film(), times, rotation=90)
+    track = locate(path, image=thing(), model=model, rate=None)
+    assert track.size == SIZE, "boxes and sizes are those of the upright picture"
+    assert (int(track.frames[0]), int(track.frames[-1])) == pytest.approx((22, 30), abs=1)
+    assert track.times.tolist() == pytest.approx([times[n] for n in track.frames.tolist()], abs=2e-3)
+    assert quality(track) > 0.5
+
+
+def test_a_header_that_claims_days_costs_nothing(model, tmp_path):
+    path = encoded(tmp_path / "lying.mkv", film())
+    honest = locate(path, image=thing(), model=model, rate=10)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x44\x89\x88") + 3  # Matroska's duration: a double of 8 bytes, in milliseconds
+    data[at : at + 8] = struct.pack(">d", 1e12)
+    path.write_bytes(data)
+    with open_video(path) as reader:
+        assert reader.duration > 86_400
+        assert len(calibration_frames(reader, None)) == 5, "one a second: seeking by the claim finds none"
+    lied = locate(path, image=thing(), model=model, rate=10)
+    assert int(lied.frames[-1]) == pytest.approx(int(honest.frames[-1]), abs=1)
+
+
+def test_a_damaged_or_cut_off_file_is_searched_as_far_as_it_goes(model, tmp_path):
+    path = encoded(tmp_path / "damaged.mp4", film(), gop=5)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 4
+    low, high = start + int((len(data) - start) * 0.28), start + int((len(data) - start) * 0.32)
+    data[low:high] = np.random.default_rng(0).integers(0, 256, high - low, dtype=np.uint8).tobytes()
+    path.write_bytes(data)
+    track = locate(path, image=thing(), model=model, rate=10)
+    assert 0 < track.skipped < 20
+    assert int(track.frames[-1]) == pytest.approx(30, abs=1), "damage renumbers no frame"
+    whole = encoded(tmp_path / "whole.ts", film(), gop=5).read_bytes()
+    (tmp_path / "cut.ts").write_bytes(whole[: int(len(whole) * 0.6)])
+    cut = locate(tmp_path / "cut.ts", image=thing(), model=model, rate=10)
+    assert cut.found
+    assert float(cut.timeline[-1, 0]) < 3
+
+
 def test_locating_twice_gives_the_same_bits(model, frames):
     a, b = (locate(frames, image=thing(), model=model, rate=5) for _ in range(2))
     assert torch.equal(a.boxes, b.boxes)
@@ -301,6 +409,13 @@ def test_frames_of_mixed_sizes(model, frames, tmp_path):
         ({"frame": 3, "box": (5, 5, 20, 20), "point": (6, 6)}, "both"),
         ({"frame": 400, "box": (5, 5, 20, 20)}, "frame 400"),
         ({"image": torch.zeros(3, 1, 9)}, "2 pixels"),
+        ({"image": torch.zeros(3, 1, 1)}, "2 pixels"),
+        ({"image": torch.zeros(3, 40, 40), "box": (50, 50, 60, 60)}, "at least one pixel"),
+        ({"image": torch.zeros(3, 40, 40), "box": (20, 20, 10, 30)}, "at least one pixel"),
+        ({"image": torch.zeros(3, 40, 40), "box": (-30, 5, -10, 30)}, "at least one pixel"),
+        ({"image": torch.zeros(3, 40, 40), "box": (float("nan"), 5, 10, 30)}, "finite"),
+        ({"image": torch.zeros(3, 40, 40), "box": (5, 10, 30)}, "four"),
+        ({"image": torch.zeros(3, 40, 40), "point": (41, 5)}, "inside"),
     ],
 )
 def test_queries_that_cannot_be(model, frames, query, words):

@@ -342,7 +342,7 @@ def test_tokens_of_another_encoder(model, compat, target):
 
 
 def test_area_weights_share_out_the_patches():
-    from opsin.regions.transfer import mask_weights
+    from opsin.regions.extent import mask_weights
 
     masks = torch.zeros(2, 8, 8, dtype=torch.bool)
     masks[0, :, :3] = True

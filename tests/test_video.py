@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import wave
+from contextlib import ExitStack, suppress
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
@@ -13,7 +16,7 @@ import torch
 from PIL import Image
 
 from opsin.errors import InvalidConfig, InvalidPrompt, InvalidVideo, MissingFile, UnsupportedSize
-from opsin.video import ClipWriter, open_video
+from opsin.video import ClipWriter, VideoReader, open_video
 
 SIZE = (48, 64)
 
@@ -22,18 +25,18 @@ def shade(i: int) -> int:
     return 40 + (i * 3) % 180
 
 
-def write_video(path, count=60, *, times=None, rotation=0, gop=10, container="mp4", options=None) -> Path:
+def write_video(path, count=60, *, times=None, rotation=0, gop=10, container="mp4", options=None, size=SIZE) -> Path:
     """A clip whose frame ``i`` is grey of ``shade(i)`` with a red corner, with B-frames, 30 per second."""
     with av.open(str(path), "w", format=container, options=options or {}) as output:
         settings = {"g": str(gop), "bf": "2", "crf": "10", "sc_threshold": "0"}
         stream = output.add_stream("libx264", rate=30, options=settings)
-        stream.height, stream.width = SIZE
+        stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, 90_000)
         if rotation:
             stream.set_display_rotation(rotation)
         for i in range(count):
-            image = np.full((*SIZE, 3), shade(i), np.uint8)
+            image = np.full((*size, 3), shade(i), np.uint8)
             image[:8, :8] = (255, 0, 0)
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts = round((times[i] if times else i / 30) * 90_000)
@@ -223,6 +226,17 @@ def test_a_folder_of_frames_of_mixed_sizes_in_natural_order(tmp_path):
             reader.read_frame(5)
 
 
+def test_a_stream_may_change_its_size(tmp_path):
+    small = write_video(tmp_path / "small.ts", 20, container="mpegts").read_bytes()
+    large = write_video(tmp_path / "large.ts", 20, container="mpegts", size=(96, 128)).read_bytes()
+    (tmp_path / "both.ts").write_bytes(small + large)
+    with open_video(tmp_path / "both.ts") as reader:
+        sizes = [f.size for f in reader.frames()]
+    assert reader.size == SIZE
+    assert sizes[:18] == [SIZE] * 18
+    assert sizes[-18:] == [(96, 128)] * 18
+
+
 def test_arrays_are_a_video_too():
     arrays = [np.full((8, 9, 3), i, np.uint8) for i in range(5)]
     reader = open_video(arrays)
@@ -268,3 +282,100 @@ def test_memory_does_not_grow_with_length(tmp_path):
         tracemalloc.stop()
         assert total == count
     assert peaks[1] < 1.5 * peaks[0] + 100_000
+
+
+@pytest.fixture
+def stream():
+    """``stream(data) -> URL`` of a server that sends ``data`` without a length and from the start, whoever asks."""
+    with ExitStack() as stack:
+
+        def serve(data: bytes) -> str:
+            class Handler(BaseHTTPRequestHandler):
+                def do_GET(self):
+                    self.send_response(200)
+                    self.end_headers()
+                    with suppress(OSError):
+                        self.wfile.write(data)
+
+                def log_message(self, *words):
+                    pass
+
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}/live"
+
+        yield serve
+
+
+def test_a_stream_without_an_end_is_live_and_read_once(tmp_path, stream):
+    path = write_video(tmp_path / "clip.ts", container="mpegts")
+    assert not open_video(path).live
+    with open_video(stream(path.read_bytes())) as reader:
+        assert reader.live
+        assert reader.duration is None
+        assert [f.index for f in reader.frames()] == list(range(60)), "the frame that told the size is not lost"
+        assert list(reader.frames()) == []
+
+
+def test_a_live_source_is_recorded_for_its_duration(tmp_path, stream):
+    from opsin.localization import recorded
+
+    path = write_video(tmp_path / "clip.ts", container="mpegts")
+    url = stream(path.read_bytes())
+    with recorded(url, 1.0) as reader:
+        frames = list(reader.frames())
+        assert [f.index for f in frames] == list(range(30))
+        assert [shown(f) for f in frames] == pytest.approx(range(30), abs=1)
+        assert [f.time for f in frames] == pytest.approx([i / 30 for i in range(30)], abs=1e-3)
+        assert reader.name == url
+        assert [f.index for f in reader.frames(start=0.5)] == list(range(15, 30)), "it can be read again"
+        clip = reader._source
+    assert not clip.exists()
+    assert not clip.parent.exists()
+    with recorded(url, 99) as reader:
+        assert len(list(reader.frames())) == 60, "a stream may end before the duration"
+    with pytest.raises(InvalidConfig, match="duration"), recorded(url):
+        pass
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(InvalidConfig, match="positive"), recorded(path, wrong):
+            pass
+    with recorded(path) as reader:
+        assert reader.name == "clip.ts"
+        assert len(list(reader.frames())) == 60
+
+
+class Camera(VideoReader):
+    """A reader of another kind: frames of two sizes arrive once, at uneven times, and never end."""
+
+    name, fps, size, live = "camera:test", 10.0, (24, 32), True
+
+    def __init__(self):
+        self.given, self.closed = 0, False
+
+    def _decode(self, start, index):
+        while True:
+            self.given += 1
+            yield self.given + 100, 7.0 + self.given * 0.1 + (self.given % 2) * 0.03, self.given
+
+    def _image(self, raw):
+        height, width = (48, 64) if raw % 5 == 0 else self.size
+        return torch.full((3, height, width), min(raw * 4, 255), dtype=torch.uint8)
+
+    def close(self):
+        self.closed = True
+
+
+def test_an_endless_camera_is_recorded_and_released():
+    from opsin.localization import recorded
+
+    camera = Camera()
+    with recorded(camera, 1.98) as reader:
+        assert camera.closed
+        assert camera.given == 21, "no frame is read beyond the duration but the one that ends it"
+        frames = list(reader.frames())
+        assert [f.time for f in frames] == pytest.approx([i * 0.1 - (i % 2) * 0.03 for i in range(20)], abs=1e-3), (
+            "uneven times are kept, from 0"
+        )
+        assert {f.size for f in frames} == {(24, 32)}
+        assert [float(f.image.float().mean()) for f in frames] == pytest.approx([4 * i for i in range(1, 21)], abs=4)

@@ -16,6 +16,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class VideoFrame:
 
 
 class VideoReader(ABC):
-    """A video that can be streamed any number of times (a camera: once). Made by :func:`open_video`.
+    """A video that can be streamed any number of times, unless it is ``live``: once. Made by :func:`open_video`.
 
     ``name``; ``fps`` nominal frames per second; ``duration`` seconds as the header claims, None where unknown; ``size``
     ``(H, W)`` of the first frame, upright (later frames may differ); ``skipped`` damaged frames met by the worst pass.
@@ -117,8 +118,8 @@ class VideoReader(ABC):
             remedy="Frames are numbered from 0; the number may lie beyond the end, or the frame may be damaged.",
         )
 
-    def close(self) -> None:  # noqa: B027 - only a camera holds anything
-        """Release the camera; files are open only while they are read."""
+    def close(self) -> None:  # noqa: B027 - only a live source holds anything
+        """Release a live source; files are open only while they are read."""
 
     def __enter__(self) -> VideoReader:
         return self
@@ -213,17 +214,17 @@ class _PacketTable:
 
 
 class _StreamReader(VideoReader):
-    """Anything FFmpeg opens. Every pass over a file opens it anew, so passes may overlap; a camera has one pass."""
+    """Anything FFmpeg opens. Every pass over a file opens it anew, so passes may overlap; a live source has one."""
 
     def __init__(self, source: str | Path) -> None:
         self._source = source
         self.name = source.name if isinstance(source, Path) else source
         if isinstance(source, Path) and source.stat().st_size == 0:
             raise InvalidVideo("A video file must not be empty", got=f"{self.name}: 0 bytes")
-        self.live = isinstance(source, str) and source.startswith("camera:")
         self._table: _PacketTable | None = None
-        self._camera = ExitStack()
-        container, stream = self._open(self._camera)
+        self._open_live = ExitStack()
+        container, stream = self._open(self._open_live)
+        self.live = isinstance(source, str) and (container.size < 0 or container.duration is None)  # no known end
         rate = stream.average_rate or stream.guessed_rate
         self.fps = float(rate) if rate and 0 < rate <= 1000 else 30.0
         if stream.duration and stream.time_base:
@@ -240,12 +241,12 @@ class _StreamReader(VideoReader):
             self.close()
             raise InvalidVideo("A video has at least one readable frame", got=f"{self.name}: nothing could be decoded")
         if self.live:
-            self._live = decoded
+            self._live = chain([frame], decoded)
         else:
-            self._camera.close()
+            self.close()
 
     def close(self) -> None:
-        self._camera.close()
+        self._open_live.close()
 
     def _open(self, stack: ExitStack) -> tuple[Any, Any]:
         target, options = _ffmpeg_target(self._source)
@@ -276,9 +277,8 @@ class _StreamReader(VideoReader):
             return
         with ExitStack() as stack:
             container, stream = self._open(stack)
-            base, key = 0, None
-            if start > 1 or index > self.fps:
-                base, key = self._seek(container, stream, start, index)
+            far = start > 1 or index > self.fps
+            base, key = self._seek(container, stream, start, index) if far else (0, None)
             yield from self._read(container, stream, base, key)
 
     def _seek(self, container: Any, stream: Any, start: float, index: int) -> tuple[int, int | None]:
@@ -375,8 +375,8 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
             packet = next(packets)
         except StopIteration:
             return
-        except (av.error.EOFError, ValueError):
-            break
+        except (av.error.EOFError, av.error.ExitError, av.error.TimeoutError, ValueError):
+            break  # a stream that stalls for longer than the timeout has ended
         except (av.error.FFmpegError, OSError):
             errors += 1
             packets = container.demux(stream)  # a generator that raised is finished; the container reads on

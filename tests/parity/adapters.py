@@ -11,7 +11,8 @@ from torch import Tensor
 from opsin.geometry import ImageTransform
 from opsin.regions import RegionEncoder, aggregate
 from opsin.regions.encoder import fourier_positions, grid_centres, pixel_prompts
-from opsin.regions.transfer import attention_pool, mask_weights
+from opsin.regions.extent import mask_weights
+from opsin.regions.transfer import attention_pool
 from opsin.training.losses import contrastive_loss, feature_loss, region_targets
 
 Array = np.ndarray

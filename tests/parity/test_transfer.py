@@ -39,7 +39,7 @@ def test_published_masks_take_the_top_left_pixel():
     import torch
 
     from opsin.geometry import ImageTransform
-    from opsin.regions.transfer import mask_weights
+    from opsin.regions.extent import mask_weights
 
     z = np.load(golden_path("xren_pooling.npz"), allow_pickle=True)
     for image in (0, 1):

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="opsin-tiny", help="catalogue name, hf:org/repo@rev or dir:path")
     parser.add_argument("--rate", type=float, help="frames searched per second (default: 5); the track has every frame")
     parser.add_argument(
+        "--duration", type=float, help="search only so many seconds; needed for a camera or a live stream"
+    )
+    parser.add_argument(
         "--threshold", type=float, help="least score of a confident occurrence (default: the library's)"
     )
     parser.add_argument("--size", type=int, help="side of the square model input (default: the library's)")
@@ -47,20 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Locate, write what was asked for, print the result. Not finding the object is an answer, not a failure."""
-    from opsin.localization import locate, query_picture, render, save_track
+    from opsin.localization import locate, query_picture, recorded, render, save_track
 
     given = {"rate": args.rate, "threshold": args.threshold, "size": args.size}
-    track = locate(
-        args.video, image=args.image, frame=args.frame, box=args.box, point=args.point, search=args.search,
-        model=args.model, device=args.device, dtype=args.dtype, **{k: v for k, v in given.items() if v is not None},
-    )  # fmt: skip
-    if args.out:
-        save_track(track, args.out)
-    if args.clip:
-        render.annotated_clip(args.video, track, args.clip)
-    if args.sheet:
-        picture = query_picture(args.video, image=args.image, frame=args.frame, box=args.box)
-        render.contact_sheet(args.video, track, args.sheet, query=picture)
+    with recorded(args.video, args.duration) as video:  # a live source is recorded once and drawn from the recording
+        track = locate(
+            video, image=args.image, frame=args.frame, box=args.box, point=args.point, search=args.search,
+            duration=args.duration, model=args.model, device=args.device, dtype=args.dtype,
+            **{k: v for k, v in given.items() if v is not None},
+        )  # fmt: skip
+        if args.out:
+            save_track(track, args.out)
+        if args.clip:
+            render.annotated_clip(video, track, args.clip)
+        if args.sheet:
+            picture = query_picture(video, image=args.image, frame=args.frame, box=args.box)
+            render.contact_sheet(video, track, args.sheet, query=picture)
     report(track, full=args.json)
     for path in (args.out, args.clip, args.sheet):
         if path:

@@ -23,6 +23,7 @@ from opsin.localization import timeline as tl
 from opsin.localization import track as tr
 from opsin.localization.descriptors import DenseTokens, Kind, dense_tokens
 from opsin.localization.matching import Example, Found, Template, TokenSpace
+from opsin.localization.recording import recorded
 from opsin.types import Track
 from opsin.video import VideoFrame, VideoReader, open_video
 
@@ -43,8 +44,8 @@ Encode = Callable[[Sequence[Tensor]], list[DenseTokens]]
 def locate(
     video: Any, *, image: Any = None, frame: int | None = None, box: Sequence[float] | None = None,
     point: Sequence[float] | None = None, model: str | Path | RegionModel = "opsin-tiny", rate: float | None = 5.0,
-    threshold: float = THRESHOLD, search: str = "before", size: int | None = None, device: Any = None,
-    dtype: Any = None,
+    threshold: float = THRESHOLD, search: str = "before", duration: float | None = None, size: int | None = None,
+    device: Any = None, dtype: Any = None,
 ) -> Track:  # fmt: skip
     """The last time that an object was seen in a video, as one box per frame.
 
@@ -52,7 +53,7 @@ def locate(
     follow the object both ways until it is gone. Memory does not grow with its length.
 
     Args:
-        video: what ``opsin.open_video`` takes: a file, a folder or list of frames, a URL.
+        video: what ``opsin.open_video`` takes: a file, a folder or list of frames, a URL, a camera.
         image: a picture of the object (anything ``opsin.read_image`` takes); with ``box`` or ``point``, a picture that
             contains it, which tells the object from its surroundings and so works better.
         frame: instead of ``image``, the number of a frame of the video; needs ``box`` or ``point``.
@@ -62,6 +63,8 @@ def locate(
         threshold: least score of a confident occurrence; raise it for fewer false alarms.
         search: with ``frame``, ``"before"`` searches the frames before it (VQ2D: where was this last seen?), ``"all"``
             the whole video, in which the query's own moment usually is the answer.
+        duration: only the first so many seconds are searched. Needed for a live source (a camera, a stream without an
+            end), which is recorded that long to a temporary clip; frames and times are those of the recording.
         size: side of the square model input; None is 1.5 times the model's own, because objects may be small.
 
     Returns:
@@ -78,13 +81,12 @@ def locate(
         raise InvalidConfig('search is "before" or "all"', got=search)
     from opsin.regions import RegionModel
 
-    with open_video(video) as reader:
-        if reader.live:
-            raise InvalidVideo("A video that is searched can be read twice", got=reader.name, remedy="Record it first.")
+    with recorded(video, duration) as reader:
         if isinstance(model, (str, Path)):
             model = RegionModel.from_pretrained(model, device=device, dtype=dtype)
         wanted = q.read_query(reader, model, image=image, frame=frame, box=box, point=point)
         until = wanted.time if search == "before" else None
+        until = earlier(until, duration)
         encode = partial(dense_tokens, model, size=size or search_size(model), kind=TOKENS)
         template = learn(reader, wanted, encode, until)
         rows = search_pass(reader, wanted, template, encode, rate, until)
@@ -99,17 +101,22 @@ def search_size(model: RegionModel) -> int:
     return side if model.backbone.card.family == "openclip" else max(1, round(1.5 * side / patch)) * patch
 
 
+def earlier(*times: float | None) -> float | None:
+    """The least of those times that are known."""
+    return min((t for t in times if t is not None), default=None)
+
+
 def calibration_frames(reader: VideoReader, until: float | None) -> list[VideoFrame]:
-    """A few frames spread over the video, by seeking; for a live source none."""
-    end = until if until is not None else reader.duration
-    if reader.live or not end:
-        return []
+    """A few frames spread over the video, by seeking; where the header does not tell its length, by reading it."""
+    end = earlier(until, reader.duration) or 0.0
     found: dict[int, VideoFrame] = {}
-    for i in range(CALIBRATION_FRAMES):
+    for i in range(CALIBRATION_FRAMES if end else 0):
         for f in reader.frames(start=end * (i + 0.5) / CALIBRATION_FRAMES):
             found[f.index] = f
             break
-    return list(found.values())
+    if len(found) < CALIBRATION_FRAMES / 2:
+        found |= {f.index: f for f in tl.thinned(reader.frames(1.0, stop=until), CALIBRATION_FRAMES)}
+    return [found[n] for n in sorted(found)]
 
 
 def learn(reader: VideoReader, wanted: q.Wanted, encode: Encode, until: float | None) -> Template:
@@ -133,7 +140,7 @@ def search_pass(
 ) -> tl.Timeline:
     """The best window of every sampled frame, scores smoothed in time; a scored frame is forgotten."""
     sides = torch.tensor(wanted.size)[None] * torch.tensor(SEARCH_SCALES)[:, None]
-    end = until if until is not None else reader.duration
+    end = earlier(until, reader.duration)
     total = int(end * (rate or reader.fps)) if end else None
     rows: list[tuple[int, float, Tensor, float]] = []
     frames = runtime.progress(reader.frames(rate, stop=until), total=total, description="searching", unit="frame")

@@ -83,3 +83,15 @@ def in_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
             chunk = []
     if chunk:
         yield chunk
+
+
+def thinned(items: Iterable[T], most: int) -> list[T]:
+    """At most ``most`` of ``items``, evenly spread, never holding more than twice as many."""
+    kept: list[T] = []
+    step = 1
+    for i, item in enumerate(items):
+        if i % step == 0:
+            kept.append(item)
+        if len(kept) == 2 * most:
+            kept, step = kept[::2], 2 * step
+    return kept[:: -(-len(kept) // most) or 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from opsin.geometry import ImageTransform, RunLengthMask, Size, check_box, check
 from opsin.images import resize
 from opsin.regions import prompts
 from opsin.regions.aggregate import Groups
+from opsin.regions.extent import mask_weights
 
 Prompts = Literal["slic", "grid"]
 
@@ -32,6 +33,7 @@ class Asked:
     superpixel_transform: ImageTransform | None = None
     boxes: Tensor | None = None
     masks: tuple[RunLengthMask, ...] | None = None
+    weights: Tensor | None = None
 
 
 def one_each(count: int, device: torch.device | None = None) -> Groups:
@@ -39,7 +41,7 @@ def one_each(count: int, device: torch.device | None = None) -> Groups:
     return Groups(torch.arange(count, device=device), torch.ones(count, dtype=torch.long, device=device))
 
 
-def own_prompts(kind: str, given: Any, transform: ImageTransform) -> Asked:
+def own_prompts(kind: str, given: Any, transform: ImageTransform, grid: Size) -> Asked:
     """Prompts from a user's ``points (P, 2)``, ``boxes (K, 4)`` or ``masks (K, H, W)``, in original pixels."""
     if kind == "points":
         original = check_points(torch.as_tensor(given, dtype=torch.float32).reshape(-1, 2), transform.size)
@@ -53,7 +55,10 @@ def own_prompts(kind: str, given: Any, transform: ImageTransform) -> Asked:
     if masks.ndim != 3 or tuple(masks.shape[1:]) != transform.size:
         raise InvalidPrompt(f"Masks have shape (K, {transform.size[0]}, {transform.size[1]})", got=tuple(masks.shape))
     encoded = tuple(RunLengthMask.encode(m) for m in masks)
-    return _grouped([prompts.mask_prompts(m) for m in masks], transform, mask_boxes(masks), encoded)
+    asked = _grouped([prompts.mask_prompts(m) for m in masks], transform, mask_boxes(masks), encoded)
+    if asked.owners is None:
+        return asked
+    return replace(asked, weights=mask_weights(masks, transform, grid)[asked.owners.labels])
 
 
 def _grouped(

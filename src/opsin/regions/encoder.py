@@ -97,9 +97,9 @@ class CrossAttention(nn.Module):
         """Normalised keys, per head."""
         return self.k_norm(self.split(self.k_proj(memory)))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(self.queries(x), keys, values, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(self.queries(x), keys, values, attn_mask=bias, dropout_p=dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -127,8 +127,8 @@ class RegionAttention(nn.Module):
         self.out_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        x = self.dropout(self.cross_attn(self.query_norm(queries), keys, values)) + queries
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = self.dropout(self.cross_attn(self.query_norm(queries), keys, values, bias)) + queries
         return self.out_norm(self.mlp(self.mlp_norm(x))) + x
 
 
@@ -173,6 +173,28 @@ class RegionEncoder(nn.Module):
         for projection in projections:
             nn.init.kaiming_normal_(projection.weight, nonlinearity="linear")
 
+    def start_as_pooling(self) -> RegionEncoder:
+        """Weights with which a token is the mean of the features around its prompt; training begins from there.
+
+        The published start is random: thousands of steps pass before tokens say more than position. Here the query stream, which
+        gains the prompt's code once a layer, is cancelled but for a small rest that tells the last layer where to look; queries and
+        keys of that layer are the codes themselves, so its attention is a bell around the prompt; branches begin near zero.
+        """
+        layers = len(self.blocks)
+        with torch.no_grad():
+            eye = torch.eye(self.dim)
+            self.prompt_proj.weight.copy_(-(layers + 0.2) * eye)
+            self.out_proj.weight.copy_(eye)
+            for layer in self.blocks:
+                layer.out_norm.weight.zero_()
+                layer.cross_attn.out_proj.weight.mul_(0.02)
+                layer.cross_attn.q_proj.weight.copy_(-eye)
+                layer.cross_attn.k_proj.weight.copy_(eye)
+            self.blocks[-1].cross_attn.out_proj.weight.copy_(eye)
+            for linear in [self.prompt_proj, self.out_proj, *(b.cross_attn.out_proj for b in self.blocks)]:
+                linear.bias.zero_()
+        return self
+
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], *, heads: int = 8, **options: int | float) -> RegionEncoder:
         """An encoder of the width and depth that a published state dict has, in its dtype, in evaluation mode."""
@@ -212,17 +234,29 @@ class RegionEncoder(nn.Module):
         values = (*(a.split(a.v_proj(cells)) for a in attentions[:-1]), attentions[-1].split(cells))
         return RegionMemory(keys, values, grid)
 
-    def decode(self, memory: RegionMemory, points: Tensor) -> RegionOutput:
-        """Tokens of canvas fractions ``points (B, P, 2)``, ``(x, y)`` in [0, 1], on a remembered image."""
-        chunks = [self._decode(memory, chunk) for chunk in points.split(self.prompt_chunk, dim=1)]
+    def decode(self, memory: RegionMemory, points: Tensor, weights: Tensor | None = None) -> RegionOutput:
+        """Tokens of canvas fractions ``points (B, P, 2)``, ``(x, y)`` in [0, 1], on a remembered image.
+
+        ``weights (B, P, h·w)`` in [0, 1] limits what each prompt sees, where the extent of its region is known.
+        """
+        bias = None if weights is None else weights.to(memory.keys[0].dtype).log().clamp(min=-30)[:, None]
+        starts = range(0, max(points.shape[1], 1), self.prompt_chunk)
+        chunks = [
+            self._decode(
+                memory,
+                points[:, start : start + self.prompt_chunk],
+                None if bias is None else bias[:, :, start : start + self.prompt_chunk],
+            )
+            for start in starts
+        ]
         pred = torch.cat(chunks, 1) if len(chunks) > 1 else chunks[0]
         return RegionOutput(pred, self.out_proj(self.out_norm(pred)))
 
-    def _decode(self, memory: RegionMemory, points: Tensor) -> Tensor:
+    def _decode(self, memory: RegionMemory, points: Tensor, bias: Tensor | None) -> Tensor:
         prompt = self.positions(points)
         queries = self.prompt_proj(prompt)
         for layer, keys, values in zip(self.blocks, memory.keys, memory.values, strict=True):
-            queries = layer(queries + prompt, keys, values)
+            queries = layer(queries + prompt, keys, values, bias)
         return queries
 
     def forward(self, features: Tensor, points: Tensor) -> RegionOutput:

@@ -7,7 +7,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from opsin.errors import InvalidPrompt
 from opsin.geometry import ImageTransform, RunLengthMask, mask_boxes
 from opsin.images import unfit
 from opsin.regions.aggregate import Groups
@@ -72,3 +74,26 @@ def attention_extent(
     corners = transform.denormalise((cells / step).reshape(-1, 2, 2))
     limit = corners.new_tensor((transform.size[1], transform.size[0]))
     return torch.minimum(corners.clamp(min=0), limit).reshape(-1, 4), None
+
+
+def mask_weights(
+    masks: Tensor, transform: ImageTransform, grid: tuple[int, int], *, compat: str | None = None
+) -> Tensor:
+    """How much of each patch lies in each region: ``masks (R, H, W)`` in original pixels → ``(R, h·w)`` in [0, 1].
+
+    By default the covered share of the patch. ``compat="published"`` takes the mask's value at the top-left pixel of
+    the patch, and needs masks at the size of the canvas.
+    """
+    if compat == "published":
+        if tuple(masks.shape[1:]) != transform.canvas:
+            raise InvalidPrompt(
+                "The published rule needs masks of the canvas size",
+                got=tuple(masks.shape[1:]),
+                remedy=f"{transform.canvas}",
+            )
+        return F.interpolate(masks[:, None].float(), size=grid, mode="nearest")[:, 0].flatten(1)
+    x1, y1, x2, y2 = (round(v) for v in transform.content)
+    inner = F.interpolate(masks[:, None].float(), size=(max(1, y2 - y1), max(1, x2 - x1)), mode="area")
+    height, width = transform.canvas
+    canvas = F.pad(inner, (x1, width - x2, y1, height - y2))
+    return F.adaptive_avg_pool2d(canvas, grid)[:, 0].flatten(1)

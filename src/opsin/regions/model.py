@@ -179,7 +179,7 @@ class RegionModel(nn.Module):
         for i, feature in enumerate(features):
             if own:
                 ((kind, given),) = own.items()
-                asked.append(own_prompts(kind, given[i], feature.transform))
+                asked.append(own_prompts(kind, given[i], feature.transform, feature.grid))
             else:
                 picture = None if pictures is None else pictures[i]
                 asked.append(spread_prompts(prompts, picture, feature.transform, grid_size or self.card.grid_size))
@@ -192,7 +192,7 @@ class RegionModel(nn.Module):
 
         def answer(indices: Sequence[int]) -> list[RegionTokens]:
             kept = [memories[i] if memories is not None else self.memory(features[i]) for i in indices]
-            tokens = self._decode(kept, [asked[i].points for i in indices])
+            tokens = self._decode(kept, [asked[i] for i in indices])
             return [
                 self._regions(features[i], m, asked[i], t, rule if merge else None, token, with_masks)
                 for i, m, t in zip(indices, kept, tokens, strict=True)
@@ -220,11 +220,18 @@ class RegionModel(nn.Module):
         )
         return Query(found.tokens, self.name, "crop" if box is not None else "image")
 
-    def _decode(self, memories: Sequence[RegionMemory], points: Sequence[Tensor]) -> list[RegionOutput]:
+    def _decode(self, memories: Sequence[RegionMemory], asked: Sequence[Asked]) -> list[RegionOutput]:
         """Tokens of each image's prompts; images of one grid go through together, shorter lists padded."""
-        if len({m.grid for m in memories}) > 1 or len(memories) == 1:
-            device = memories[0].keys[0].device
-            return [self.encoder.decode(m, p.to(device)[None]) for m, p in zip(memories, points, strict=True)]
+        points = [a.points for a in asked]
+        device = memories[0].keys[0].device
+        alike = len({m.grid for m in memories}) == 1 and all(a.weights is None for a in asked)
+        if len(memories) == 1 or not alike:
+            return [
+                self.encoder.decode(
+                    m, a.points.to(device)[None], None if a.weights is None else a.weights.to(device)[None]
+                )
+                for m, a in zip(memories, asked, strict=True)
+            ]
         joint = RegionMemory(
             tuple(torch.cat(k) for k in zip(*(m.keys for m in memories), strict=True)),
             tuple(torch.cat(v) for v in zip(*(m.values for m in memories), strict=True)),

@@ -17,34 +17,11 @@ from torch.nn import functional as F
 from opsin import backbones, hub
 from opsin.backbones import Backbone
 from opsin.cards import ModelCard
-from opsin.errors import InvalidConfig, InvalidPrompt
-from opsin.geometry import ImageTransform
+from opsin.errors import InvalidConfig
 from opsin.images import ImageSource, read_images
+from opsin.regions.extent import mask_weights
 from opsin.regions.model import RegionModel, stack
 from opsin.types import FeatureMap, RegionTokens
-
-
-def mask_weights(
-    masks: Tensor, transform: ImageTransform, grid: tuple[int, int], *, compat: str | None = None
-) -> Tensor:
-    """How much of each patch lies in each region: ``masks (R, H, W)`` in original pixels → ``(R, h·w)`` in [0, 1].
-
-    By default the covered share of the patch. ``compat="published"`` takes the mask's value at the top-left pixel of
-    the patch, and needs masks at the size of the canvas.
-    """
-    if compat == "published":
-        if tuple(masks.shape[1:]) != transform.canvas:
-            raise InvalidPrompt(
-                "The published rule needs masks of the canvas size",
-                got=tuple(masks.shape[1:]),
-                remedy=f"{transform.canvas}",
-            )
-        return F.interpolate(masks[:, None].float(), size=grid, mode="nearest")[:, 0].flatten(1)
-    x1, y1, x2, y2 = (round(v) for v in transform.content)
-    inner = F.interpolate(masks[:, None].float(), size=(max(1, y2 - y1), max(1, x2 - x1)), mode="area")
-    height, width = transform.canvas
-    canvas = F.pad(inner, (x1, width - x2, y1, height - y2))
-    return F.adaptive_avg_pool2d(canvas, grid)[:, 0].flatten(1)
 
 
 def mean_pool(features: Tensor, weights: Tensor) -> Tensor:

@@ -82,6 +82,8 @@ def _encoder(config: RegionTrainingConfig, dim: int) -> RegionEncoder:
     else:
         torch.manual_seed(config.seed)
         encoder = RegionEncoder(dim, heads=config.heads, layers=config.layers, dropout=config.dropout)
+        if config.start == "pooling":
+            encoder.start_as_pooling()
     # The last layer takes the features as they are: its value projection exists in the format and is never used.
     encoder.region_attention_layers[-1].cross_attn.v_proj.requires_grad_(False)  # type: ignore[union-attr]
     return encoder
