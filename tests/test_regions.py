@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -138,8 +140,6 @@ def test_remembering_an_image_changes_nothing(model):
 
 
 def test_features_of_another_backbone_are_refused(model):
-    from dataclasses import replace
-
     features = replace(model.features(picture())[0], model="another")
     with pytest.raises(IncompatibleModel):
         model.memory(features)
@@ -163,6 +163,33 @@ def test_encoder_follows_dtype_and_device(dtype):
     assert output.pred_tokens.dtype == dtype
     ghost = RegionEncoder(DIM).to("meta")
     assert ghost(torch.rand(1, DIM, 3, 4, device="meta"), torch.rand(1, 5, 2, device="meta")).pred_tokens.is_meta
+
+
+def test_a_mask_limits_what_its_prompts_see(model):
+    image = picture()
+    mask = torch.zeros(1, 40, 60, dtype=torch.bool)
+    mask[0, :20, :30] = True
+    features = model.features(image)
+    values = features[0].features.clone()
+    values[:, -1, -1] += 5  # a patch outside of the mask
+    changed = [replace(features[0], features=values)]
+    seen = model.encode_features(features, masks=[mask]).tokens
+    torch.testing.assert_close(model.encode_features(changed, masks=[mask]).tokens, seen)
+    point = [torch.tensor([[5.0, 5.0]])]
+    free = model.encode_features(features, points=point).tokens
+    assert not torch.allclose(model.encode_features(changed, points=point).tokens, free, atol=1e-4)
+
+
+def test_the_pooling_start_is_local():
+    torch.manual_seed(0)
+    encoder = RegionEncoder(64).start_as_pooling().eval()
+    features = torch.zeros(1, 64, 8, 8)
+    features[0, 0, :, :4], features[0, 1, :, 4:] = 0.3, 0.3  # faint: positions alone decide where a prompt looks
+    points = torch.tensor([[[0.2, 0.5], [0.8, 0.5]]])
+    with torch.no_grad():
+        left, right = (encoder(features, points).pred_tokens - encoder(torch.zeros_like(features), points).pred_tokens)[0]
+    assert left[0] > 2 * left[1]
+    assert right[1] > 2 * right[0]
 
 
 def test_positions_of_sub_pixel_points_lie_between_cells():

@@ -161,6 +161,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 (room / "old").rename(target)
                 raise
         else:
+            if temporary.is_file():
+                temporary.chmod(0o644)  # some writers make private files, which an installed package must not have
             os.replace(temporary, target)
     finally:
         shutil.rmtree(room, ignore_errors=True)

@@ -144,8 +144,8 @@ class Track:
     """Where an object was last seen: ``frames (T,)`` int64 and contiguous at the video's own frame numbers,
     ``times (T,)`` seconds, ``boxes (T, 4)`` pixels, ``scores (T,)`` of each box, NaN where it was not measured.
 
-    A score is the mean of the response of a template learned from the query (1 like the query, 0 like the background)
-    and of the cosine of the box's mean token to the query's: about 1 for the query itself, about 0 for background.
+    A score is the mean of the response of a template learned from the query and of the cosine of the box's mean token
+    to the query's, counted from what the video usually gives to other places: about 1 for the query itself, 0 there.
     ``found`` False means no confident occurrence: the arrays are empty and ``score`` is the best that was seen.
     ``timeline`` is ``(S, 2)`` seconds and best score of every searched frame; ``skipped`` counts undecodable frames.
     """

@@ -124,27 +124,70 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The best window of a picture: ``box (4,)`` pixels, ``response`` of the template (1 like the query, 0 like the
-    background), ``similarity`` cosine of its mean token to the query in the video's token space."""
+    """A window of a picture: ``box (4,)`` pixels, ``response`` of the template (1 like the query, 0 like the
+    background), ``similarity`` cosine of its mean token to the query in the video's token space, and the ``usual``
+    mean of the two that this video gives to windows that are not the object."""
 
     box: Tensor
     response: float
     similarity: float
+    usual: float = 0.0
 
     @property
     def score(self) -> float:
-        """Mean of the two: the template knows the layout, the cosine is not fooled by strong tokens."""
-        return (min(self.response, 1.5) + self.similarity) / 2
+        """Mean of the two: the template knows the layout, the cosine is not fooled by strong tokens. ``usual`` is 0."""
+        return ((min(self.response, 1.5) + self.similarity) / 2 - self.usual) / (1 - self.usual)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The response of every window of a picture, as ``(width, height, map of top-left corners)`` in cells of a grid
+    ``factor`` times finer than that of the projected ``tokens (K, h, w)``."""
+
+    tokens: Tensor
+    factor: int
+    maps: list[tuple[int, int, Tensor]]
+
+    def top(self) -> tuple[float, Tensor] | None:
+        """Highest response and its window ``(4,)``; None where no window is left."""
+        best: tuple[float, Tensor] | None = None
+        for width, height, scores in self.maps:
+            value, place = scores.flatten().max(0)
+            if value.item() > (best[0] if best else -float("inf")):
+                y, x = divmod(int(place), scores.shape[1])
+                best = value.item(), torch.tensor([x, y, x + width, y + height], dtype=torch.float32)
+        return best
+
+    def centred(self, area: Tensor) -> Scan:
+        """Only the windows whose centre is in ``area (4,)``."""
+        return self._only(area, 0.5, 0.5, keep=True)
+
+    def apart(self, area: Tensor) -> Scan:
+        """Only the windows that do not touch ``area (4,)``."""
+        return self._only(area, 0.0, 1.0, keep=False)
+
+    def _only(self, area: Tensor, low: float, high: float, keep: bool) -> Scan:
+        """Windows that reach into ``area`` from the share ``high`` of their sides, up to the share ``low``."""
+        x1, y1, x2, y2 = area.tolist()
+        maps = []
+        for width, height, scores in self.maps:
+            rows, cols = torch.arange(scores.shape[0]), torch.arange(scores.shape[1])
+            inside_rows = (rows + high * height >= y1) & (rows + low * height <= y2)
+            inside = inside_rows[:, None] & (cols + high * width >= x1) & (cols + low * width <= x2)
+            maps.append((width, height, scores.masked_fill(inside != keep, -float("inf"))))
+        return Scan(self.tokens, self.factor, maps)
 
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """``weights (PARTS² + 1, K)`` and ``bias`` over the parts of a window; ``token (K,)`` the object's mean token."""
+    """``weights (PARTS² + 1, K)`` and ``bias`` over the parts of a window; ``token (K,)`` the object's mean token;
+    ``usual`` as in ``Found``, known once a video was searched."""
 
     space: TokenSpace
     weights: Tensor
     bias: float
     token: Tensor
+    usual: float = 0.0
 
     @classmethod
     def fit(
@@ -186,33 +229,39 @@ class Template:
         token = F.normalize(torch.stack(wholes).mean(0), dim=0)
         return cls(space, weights.float().reshape(PARTS**2 + 1, -1), -float(weights @ mean), token)
 
-    def best(self, dense: DenseTokens, sides: Tensor, near: Tensor | None = None) -> Found:
-        """The best window over ``sides (S, 2)``, (width, height) in original pixels; ``near (4,)`` limits centres."""
+    def scan(self, dense: DenseTokens, sides: Tensor) -> Scan:
+        """Every window of ``sides (S, 2)``, (width, height) in original pixels."""
         tokens = self.space(dense.tokens)
         maps, factor = refine_grid(torch.einsum("pk,khw->phw", self.weights, tokens))
         sums = running_sum(maps)
         height, width = maps.shape[1:]
-        boxes = torch.cat([torch.zeros_like(sides), sides], -1)
-        cells = dense.to_cells(boxes) * factor
+        cells = dense.to_cells(torch.cat([torch.zeros_like(sides), sides], -1)) * factor
         extents = (cells[:, 2:] - cells[:, :2]).tolist()
         pairs = dict.fromkeys((clamp_side(w, width), clamp_side(h, height)) for w, h in extents)
-        limits = None if near is None else (dense.to_cells(near) * factor).tolist()
-        best_score, best_box = -float("inf"), torch.zeros(4)
-        for w, h in pairs:
-            scores = self._slide(sums, w, h)
-            if limits is not None:
-                rows = torch.arange(scores.shape[0]) + h / 2
-                cols = torch.arange(scores.shape[1]) + w / 2
-                inside = ((rows >= limits[1]) & (rows <= limits[3]))[:, None] & (
-                    (cols >= limits[0]) & (cols <= limits[2])
-                )
-                scores = scores.masked_fill(~inside, -float("inf"))
-            value, place = scores.flatten().max(0)
-            if value.item() > best_score:
-                y, x = divmod(int(place), scores.shape[1])
-                best_score, best_box = value.item(), torch.tensor([x, y, x + w, y + h], dtype=torch.float32)
-        response = best_score + self.bias
-        return Found(dense.to_pixels(best_box / factor), response, self.similarity(tokens, best_box / factor))
+        return Scan(tokens, factor, [(w, h, self._slide(sums, w, h)) for w, h in pairs])
+
+    def best(self, dense: DenseTokens, sides: Tensor, near: Tensor | None = None) -> Found:
+        """The best window over ``sides``; ``near (4,)`` pixels limits centres."""
+        scan = self.scan(dense, sides)
+        if near is not None:
+            scan = scan.centred(dense.to_cells(near) * scan.factor)
+        return self._found(dense, scan, *(scan.top() or (-float("inf"), torch.zeros(4))))
+
+    def best_and_rival(self, dense: DenseTokens, sides: Tensor) -> tuple[Found, float]:
+        """The best window, and the score of the best that does not touch it: what is not the object reaches that.
+
+        The rival is NaN where the best window leaves no room for another.
+        """
+        scan = self.scan(dense, sides)
+        best = scan.top() or (-float("inf"), torch.zeros(4))
+        rival = scan.apart(best[1]).top()
+        score = float("nan") if rival is None else self._found(dense, scan, *rival).score
+        return self._found(dense, scan, *best), score
+
+    def _found(self, dense: DenseTokens, scan: Scan, response: float, window: Tensor) -> Found:
+        cells = window / scan.factor
+        similarity = self.similarity(scan.tokens, cells)
+        return Found(dense.to_pixels(cells), response + self.bias, similarity, self.usual)
 
     def similarity(self, tokens: Tensor, box: Tensor) -> float:
         """Cosine of the mean token of ``box`` (cells) of projected ``tokens (K, h, w)`` to the object's."""

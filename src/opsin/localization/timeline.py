@@ -66,11 +66,10 @@ def peaks(scores: Tensor, relative: float = 0.8) -> Tensor:
 
 
 def last_confident(scores: Tensor, threshold: float, share: float) -> int | None:
-    """Position of the last peak that reaches ``threshold`` and ``share`` of the best score; None when there is none."""
-    if not len(scores) or float(scores.max()) < threshold:
-        return None
-    confident = [p for p in peaks(scores).tolist() if float(scores[p]) >= max(threshold, share * float(scores.max()))]
-    return confident[-1] if confident else None
+    """Position of the last peak with at least ``share`` of the best score; None when that is under ``threshold``."""
+    best = float(scores.max()) if len(scores) else 0.0
+    confident = [p for p in peaks(scores).tolist() if float(scores[p]) >= share * best]
+    return confident[-1] if confident and best >= threshold else None
 
 
 def in_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
