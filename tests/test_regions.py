@@ -180,16 +180,13 @@ def test_a_mask_limits_what_its_prompts_see(model):
     assert not torch.allclose(model.encode_features(changed, points=point).tokens, free, atol=1e-4)
 
 
-def test_the_pooling_start_is_local():
+def test_the_pooling_start_looks_around_the_prompt():
     torch.manual_seed(0)
-    encoder = RegionEncoder(64).start_as_pooling().eval()
-    features = torch.zeros(1, 64, 8, 8)
-    features[0, 0, :, :4], features[0, 1, :, 4:] = 0.3, 0.3  # faint: positions alone decide where a prompt looks
-    points = torch.tensor([[[0.2, 0.5], [0.8, 0.5]]])
+    encoder = RegionEncoder(256).start_as_pooling().eval()
+    features = torch.rand(1, 256, 16, 16)
     with torch.no_grad():
-        left, right = (encoder(features, points).pred_tokens - encoder(torch.zeros_like(features), points).pred_tokens)[0]
-    assert left[0] > 2 * left[1]
-    assert right[1] > 2 * right[0]
+        attention = encoder.attention(encoder.memory(features), torch.tensor([[[0.22, 0.53], [0.84, 0.28]]])).softmax(-1)
+    assert attention[0].mean(0).argmax(-1).tolist() == [8 * 16 + 3, 4 * 16 + 13]
 
 
 def test_positions_of_sub_pixel_points_lie_between_cells():
