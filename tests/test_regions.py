@@ -185,7 +185,9 @@ def test_the_pooling_start_looks_around_the_prompt():
     encoder = RegionEncoder(256).start_as_pooling().eval()
     features = torch.rand(1, 256, 16, 16)
     with torch.no_grad():
-        attention = encoder.attention(encoder.memory(features), torch.tensor([[[0.22, 0.53], [0.84, 0.28]]])).softmax(-1)
+        attention = encoder.attention(encoder.memory(features), torch.tensor([[[0.22, 0.53], [0.84, 0.28]]])).softmax(
+            -1
+        )
     assert attention[0].mean(0).argmax(-1).tolist() == [8 * 16 + 3, 4 * 16 + 13]
 
 

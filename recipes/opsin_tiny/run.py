@@ -34,7 +34,8 @@ CARD = {
     "citation": "REN, arXiv:2505.18153 (the region encoder); trained from nothing by recipes/opsin_tiny",
     "trained_on": (
         "Tiny ImageNet 16,000 photographs (ImageNet terms, non-commercial), Caltech-101 train (CC BY 4.0), 100 COCO "
-        "train2017 photographs with panoptic labels (annotations CC BY 4.0), 200 BSDS500 train photographs (non-commercial)"
+        "train2017 photographs with panoptic labels (annotations CC BY 4.0), 200 BSDS500 train photographs "
+        "(non-commercial)"
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = near_misses(verb, VERBS) or f"The verbs are {', '.join(VERBS)}."
         sys.stderr.write(f'opsin: no verb "{verb}". {hint}\n')
         return FAILED
+    # Threads that spin while they wait slow each other down up to tenfold on a machine that does other work too. It has
+    # to be said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         module = importlib.import_module(VERBS[verb])
         return int(module.run(parser_of(verb, module).parse_args(words[1:])))

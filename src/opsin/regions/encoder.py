@@ -176,9 +176,10 @@ class RegionEncoder(nn.Module):
     def start_as_pooling(self) -> RegionEncoder:
         """Weights with which a token is the mean of the features around its prompt; training begins from there.
 
-        The published start is random: thousands of steps pass before tokens say more than position. Here the query stream, which
-        gains the prompt's code once a layer, is cancelled but for a small rest that tells the last layer where to look; queries and
-        keys of that layer are the codes themselves, so its attention is a bell around the prompt; branches begin near zero.
+        The published start is random: thousands of steps pass before tokens say more than position. Here the query
+        stream, which gains the prompt's code once a layer, is cancelled but for a small rest that tells the last layer
+        where to look; queries and keys of that layer are the codes themselves, so its attention is a bell around the
+        prompt; all other branches begin near zero.
         """
         layers = len(self.blocks)
         with torch.no_grad():

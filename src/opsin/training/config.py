@@ -46,7 +46,7 @@ class RegionTrainingConfig:
     heads: int = _option(8, "attention heads of the region encoder")
     layers: int = _option(4, "layers of the region encoder")
     dropout: float = _option(0.1, "dropout of the region encoder")
-    start: str = _option("published", "published: random weights; pooling: tokens begin as the mean feature around them")
+    start: str = _option("published", "published: random weights; pooling: tokens begin as a mean around them")
     init: str = _option("", "region model whose encoder to start from: dir:/path or a regions.safetensors")
     flip: float = _option(0.5, "probability of a mirrored view")
     jitter: float = _option(0.4, "strength of brightness, contrast and saturation changes; 0: no colour change at all")
