@@ -26,7 +26,7 @@ SUMMARIES = {  # so that `opsin -h` imports no verb
     "regions": "find and draw the regions of images",
     "locate": "find where an object was last seen in a video",
     "train": "train a region encoder on a frozen backbone",
-    "eval": "measure quality and write docs/benchmarks.md",
+    "eval": "measure the quality of a model on annotated data",
     "demo": "make a small video from photographs and find an object in it",
 }
 INTERRUPTED = 130

@@ -7,6 +7,7 @@ convolution and a few running sums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ AXIS_SHRINKAGE = 0.1
 SHRINKAGE = 1.0
 NEGATIVE_SCALES = (0.6, 1.0, 1.6)  # smaller and larger windows are wrong answers too
 BACKGROUND_WINDOWS = 300  # per picture
+SIZE_PRIOR = 0.1  # what a window of half or twice the object's size loses: small ones vary more and would win by chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +143,10 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """The response of every window of a picture, as ``(width, height, map of top-left corners)`` in cells of a grid
-    ``factor`` times finer than that of the projected ``tokens (K, h, w)``."""
+    """The response of every window of a picture, less for odd sizes: ``(width, height, map of top-left corners)``.
+
+    In cells of a grid ``factor`` times finer than that of the projected ``tokens (K, h, w)``.
+    """
 
     tokens: Tensor
     factor: int
@@ -181,12 +185,13 @@ class Scan:
 @dataclass(frozen=True, eq=False)
 class Template:
     """``weights (PARTS² + 1, K)`` and ``bias`` over the parts of a window; ``token (K,)`` the object's mean token;
-    ``usual`` as in ``Found``, known once a video was searched."""
+    ``size (2,)`` its usual width and height in pixels; ``usual`` as in ``Found``, known once a video was searched."""
 
     space: TokenSpace
     weights: Tensor
     bias: float
     token: Tensor
+    size: Tensor
     usual: float = 0.0
 
     @classmethod
@@ -227,7 +232,8 @@ class Template:
         weights = torch.linalg.solve(spread, positive)
         weights = weights / (weights @ positive).clamp(min=1e-12)
         token = F.normalize(torch.stack(wholes).mean(0), dim=0)
-        return cls(space, weights.float().reshape(PARTS**2 + 1, -1), -float(weights @ mean), token)
+        size = torch.stack([e.box[2:] - e.box[:2] for e in examples]).float().median(0).values
+        return cls(space, weights.float().reshape(PARTS**2 + 1, -1), -float(weights @ mean), token, size)
 
     def scan(self, dense: DenseTokens, sides: Tensor) -> Scan:
         """Every window of ``sides (S, 2)``, (width, height) in original pixels."""
@@ -235,10 +241,14 @@ class Template:
         maps, factor = refine_grid(torch.einsum("pk,khw->phw", self.weights, tokens))
         sums = running_sum(maps)
         height, width = maps.shape[1:]
-        cells = dense.to_cells(torch.cat([torch.zeros_like(sides), sides], -1)) * factor
-        extents = (cells[:, 2:] - cells[:, :2]).tolist()
-        pairs = dict.fromkeys((clamp_side(w, width), clamp_side(h, height)) for w, h in extents)
-        return Scan(tokens, factor, [(w, h, self._slide(sums, w, h)) for w, h in pairs])
+        asked = torch.cat([self.size[None], sides])
+        cells = dense.to_cells(torch.cat([torch.zeros_like(asked), asked], -1)) * factor
+        (natural_w, natural_h), *extents = (cells[:, 2:] - cells[:, :2]).tolist()
+        scored = []
+        for w, h in dict.fromkeys((clamp_side(w, width), clamp_side(h, height)) for w, h in extents):
+            octaves = abs(math.log2(w * h / (natural_w * natural_h))) / 2
+            scored.append((w, h, self._slide(sums, w, h) - SIZE_PRIOR * octaves))
+        return Scan(tokens, factor, scored)
 
     def best(self, dense: DenseTokens, sides: Tensor, near: Tensor | None = None) -> Found:
         """The best window over ``sides``; ``near (4,)`` pixels limits centres."""

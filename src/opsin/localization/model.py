@@ -170,11 +170,13 @@ def extend(
 ) -> list[tr.Step]:
     """Follow the object both ways from row ``at``, on every frame of the video."""
 
+    start = tr.Step(int(rows.frames[at]), float(rows.times[at]), rows.boxes[at], float(rows.scores[at]))
+    keep, natural = KEEP * start.score, start.box[2:] - start.box[:2]
+    template = replace(template, size=natural)
+
     def measure(chunk: Sequence[VideoFrame]) -> list[Callable[[Tensor, Tensor | None], Found]]:
         return [partial(template.best, dense) for dense in encode([f.image for f in chunk])]
 
-    start = tr.Step(int(rows.frames[at]), float(rows.times[at]), rows.boxes[at], float(rows.scores[at]))
-    keep, natural = KEEP * start.score, start.box[2:] - start.box[:2]
     after = tr.follow(tr.forwards(reader, start.time, until), measure, start, keep, natural)
     before = tr.follow(tr.backwards(reader, start.time), measure, start, keep, natural)
     return tr.join(before, start, after)
