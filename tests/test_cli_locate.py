@@ -9,7 +9,8 @@ import pytest
 from opsin.cli.main import VERBS, main
 from opsin.localization.render import to_picture
 from opsin.video import open_video
-from tests.test_localization import SIZE, film, frames, model, thing  # noqa: F401 - fixtures
+from tests.test_localization import SIZE, encoded, film, frames, model, thing  # noqa: F401 - fixtures
+from tests.test_video import stream  # noqa: F401 - fixture
 
 
 @pytest.fixture
@@ -90,6 +91,22 @@ def test_errors_are_messages(folder, model, words, told, capsys):  # noqa: F811
     assert out == ""
     assert told in err
     assert "Traceback" not in err
+
+
+def test_a_live_stream_is_recorded_and_drawn_from_the_recording(stream, model, tmp_path, capsys):  # noqa: F811
+    to_picture(thing()).save(tmp_path / "crop.png")
+    url = stream(encoded(tmp_path / "film.ts", film()).read_bytes())
+    assert locate(url, "--image", tmp_path / "crop.png", model=model) == 2
+    assert "--duration" in capsys.readouterr().err
+    files = {"--clip": tmp_path / "clip.mp4", "--sheet": tmp_path / "sheet.png"}
+    words = [w for pair in files.items() for w in pair]
+    asked = ("--image", tmp_path / "crop.png", "--rate", 10, "--threshold", 0, "--duration", 1.8)
+    assert locate(url, *asked, "--json", *words, model=model) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["video"] == url
+    assert data["track"][-1]["frame"] == pytest.approx(13, abs=1)
+    assert len(list(open_video(files["--clip"]).frames())) == 18
+    assert files["--sheet"].stat().st_size > 1000
 
 
 def test_interruption(monkeypatch, capsys):

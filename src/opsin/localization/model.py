@@ -34,9 +34,9 @@ CALIBRATION_FRAMES = 8  # spread over the video: what its background looks like
 TOKENS: Kind = "features"  # what a cell is described by
 SEARCH_SCALES = (0.5, 0.63, 0.8, 1.0, 1.26, 1.6, 2.0)
 BATCH = 4
-# Measured with opsin-tiny on 18 episodes cut from 6 tracking videos (a crop as query, 5 frames a second), and on the same
-# films without the frames of the object's own video. Threshold: found with the object there, of these with the right
-# moment and box (IoU over 0.1); "found" without the object. 0.25: 15, 8; 9. 0.3: 11, 7; 7. 0.35: 11, 7; 5.
+# Measured with opsin-tiny on 18 episodes cut from 6 tracking videos (a crop as query, 5 frames a second), and on the
+# same films without the frames of the object's own video. Threshold: found with the object there, of these with the
+# right moment and box (IoU over 0.1); "found" without the object. 0.25: 15, 8; 9. 0.3: 11, 7; 7. 0.35: 11, 7; 5.
 # 0.4: 9, 6; 4. 0.45: 9, 6; 3. 0.5: 7, 4; 2. Chosen on these very films, so expect somewhat worse elsewhere.
 THRESHOLD = 0.4
 SHARE = 0.55  # of the best score that a later occurrence needs to be preferred
