@@ -29,7 +29,7 @@ class ConvBackbone(Backbone):
     """
 
     def __init__(self, model: nn.Module, card: ModelCard) -> None:
-        super().__init__(model, card)
+        super().__init__(model.to(memory_format=torch.channels_last), card)  # type: ignore[call-overload]
         self._strides, self._deepest = strides(model.config)
 
     def _check_size(self, size: Size) -> None:
