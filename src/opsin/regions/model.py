@@ -70,7 +70,7 @@ class RegionModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         card = self.card
         if embed_backbone:
-            self.backbone.save_pretrained(folder / "backbone")
+            save_backbone(self.backbone, folder / "backbone", self.name)
             card = replace(card, backbone="backbone")
         hub.save_safetensors(self.encoder.state_dict(), folder / REGION_WEIGHTS)
         card.save(folder / "card.json")
@@ -285,6 +285,12 @@ class RegionModel(nn.Module):
             model=self.name,
             masks=masks if with_masks else None,
         )
+
+
+def save_backbone(backbone: Backbone, folder: Path, owner: str) -> None:
+    """Write a backbone that stands inside the model ``owner``, under a name that does not tell where it came from."""
+    backbone.save_pretrained(folder)
+    replace(backbone.card, name=f"{owner}/backbone", source="").save(folder / "card.json")
 
 
 def _per_image(value: Any, count: int, rank: int, single: bool, name: str) -> list[Tensor] | None:

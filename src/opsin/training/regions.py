@@ -14,6 +14,7 @@ from opsin import backbones, hub
 from opsin.cards import ModelCard
 from opsin.errors import InvalidConfig, MissingExtra, MissingFile, UnsupportedSize
 from opsin.regions.encoder import RegionEncoder
+from opsin.regions.model import save_backbone
 from opsin.runtime import resolve_device, resolve_dtype
 from opsin.training.coco import CocoInstances, CocoPanoptic
 from opsin.training.config import RegionTrainingConfig, parse_source
@@ -95,7 +96,7 @@ def save_model(encoder: nn.Module, backbone: nn.Module, config: RegionTrainingCo
 
     card: ModelCard = backbone.card  # type: ignore[assignment]
     if config.embed_backbone and not (out / "backbone").exists():
-        backbone.save_pretrained(out / "backbone")  # type: ignore[operator]
+        save_backbone(backbone, out / "backbone", config.name or out.name)  # type: ignore[arg-type]
     steps = size // int(backbone.patch_size)  # type: ignore[arg-type]
     values = {
         **asdict(card),
