@@ -119,3 +119,12 @@ def losses_of(out: str | Path) -> dict[int, dict[str, float]]:
     """What a run logged, by step."""
     lines = (Path(out) / "training" / "log.jsonl").read_text().splitlines()
     return {row["step"]: row for row in map(json.loads, lines) if "loss" in row}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Runs are compared bit for bit with runs of other processes, which have one thread: so has this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
