@@ -169,7 +169,8 @@ def test_classifier_checkpoints_of_stages_load(tmp_path: Path) -> None:
     stages = model.resnet(pixels, output_hidden_states=True).hidden_states
     expected = torch.cat([stages[2], *(F.interpolate(s, size=(8, 8), mode="bilinear") for s in stages[3:])], 1)
     # An untrained ResNet has large activations, and channels-last convolutions sum in another order.
-    torch.testing.assert_close(backbone(pixels).features, expected, atol=1e-5 * float(expected.detach().abs().max()), rtol=1e-5)
+    atol = 1e-5 * float(expected.detach().abs().max())
+    torch.testing.assert_close(backbone(pixels).features, expected, atol=atol, rtol=1e-5)
 
     model = transformers.ConvNextForImageClassification(transformers.ConvNextConfig(**CONFIGS["convnext"]))
     backbone = backbones.load(save(model, tmp_path / "convnext"), device="cpu")
