@@ -48,12 +48,6 @@ def test_run_lengths_round_trip(fill):
     assert coded.area == int(mask.sum())
 
 
-def test_label_masks():
-    labels = torch.tensor([[0, 1], [2, 1]])
-    members = torch.tensor([[True, False, True]])
-    assert geometry.label_masks(labels, members).tolist() == [[[True, False], [True, False]]]
-
-
 @pytest.mark.parametrize(
     "box", [(0, 0, 0, 5), (5, 5, 2, 2), (50, 50, 60, 60), (-9, -9, -1, -1), (0, 0, np.nan, 4), (1, 2, 3)]
 )

@@ -165,8 +165,3 @@ class RunLengthMask:
     def area(self) -> int:
         """Number of pixels inside."""
         return int(sum(self.runs[1::2]))
-
-
-def label_masks(labels: Tensor, members: Tensor) -> Tensor:
-    """Masks ``(R, H, W)``: ``members (R, L)`` tells which ``labels (H, W)`` each region has."""
-    return members[:, labels.reshape(-1)].reshape(-1, *labels.shape)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -118,17 +117,6 @@ def progress(items: Iterable[T], *, total: int | None = None, description: str =
     """``items`` with a progress bar on stderr; silent when stderr is not a terminal or ``OPSIN_PROGRESS=0``."""
     hidden = os.environ.get("OPSIN_PROGRESS") == "0" or not sys.stderr.isatty()
     return iter(tqdm(items, total=total, desc=description, unit=unit, disable=hidden, dynamic_ncols=True))
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """float32 matrix product precision (``"highest"``, ``"high"``, ``"medium"``) for a block, restored after it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def to_model(tensor: Tensor, module: torch.nn.Module) -> Tensor:

@@ -7,7 +7,7 @@ Results convert outwards (``to_numpy``, ``to_json``, ``save``), never inwards.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from opsin.errors import InputError
@@ -93,9 +93,7 @@ class RegionTokens:
 
     def select(self, rows: Tensor) -> RegionTokens:
         """The rows that an index or boolean tensor ``rows`` names, in that order."""
-        picked = (
-            rows.nonzero()[:, 0] if rows.dtype.is_floating_point is False and str(rows.dtype) == "torch.bool" else rows
-        )
+        picked = rows.nonzero()[:, 0] if str(rows.dtype) == "torch.bool" else rows
         masks = None if self.masks is None else tuple(self.masks[i] for i in picked.tolist())
         table = {name: getattr(self, name)[picked] for name in ("tokens", "points", "boxes", "counts", "image_index")}
         return replace(self, masks=masks, **table)
@@ -194,8 +192,3 @@ class Track:
             ],
             **self.details,
         }
-
-
-def column_names(kind: type) -> tuple[str, ...]:
-    """Field names of a result type, in order."""
-    return tuple(f.name for f in fields(kind))

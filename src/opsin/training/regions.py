@@ -92,8 +92,6 @@ def _encoder(config: RegionTrainingConfig, dim: int) -> RegionEncoder:
 
 def save_model(encoder: nn.Module, backbone: nn.Module, config: RegionTrainingConfig, out: Path, size: int) -> None:
     """Write ``card.json``, ``regions.safetensors`` and maybe ``backbone/``: what ``opsin.load("dir:out")`` takes."""
-    from safetensors.torch import save_file
-
     card: ModelCard = backbone.card  # type: ignore[assignment]
     if config.embed_backbone and not (out / "backbone").exists():
         save_backbone(backbone, out / "backbone", config.name or out.name)  # type: ignore[arg-type]
@@ -116,11 +114,8 @@ def save_model(encoder: nn.Module, backbone: nn.Module, config: RegionTrainingCo
         "trained_on": ", ".join(Path(parse_source(s)[1]).name for s in config.train),
         "measured": {},
     }
-    state = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in encoder.state_dict().items()}
-    with hub.atomic_path(out / "regions.safetensors") as path:
-        save_file(state, path, metadata={"format": "pt"})
-    with hub.atomic_path(out / "card.json") as path:
-        ModelCard(**values).save(path)
+    hub.save_safetensors({k: v.float() for k, v in encoder.state_dict().items()}, out / "regions.safetensors")
+    ModelCard(**values).save(out / "card.json")
 
 
 def open_sources(specs: Sequence[str], config: RegionTrainingConfig) -> list[Source]:
