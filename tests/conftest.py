@@ -31,11 +31,11 @@ def data_dir() -> Path:
     return found
 
 
-def golden_path(name: str) -> Path:
+def golden_path(name: str, folder: str = "ren") -> Path:
     """A golden file, from the copies in the repository or from ``OPSIN_GOLDEN``; the test skips where it is absent."""
     named = os.environ.get("OPSIN_GOLDEN")
     roots = [HERE / "golden", *([Path(named)] if named else []), ROOT.parent / "shared/golden", ROOT / "shared/golden"]
-    found = _first_existing(*(root / "ren" / name for root in roots))
+    found = _first_existing(*(root / folder / name for root in roots))
     if found is None:
         pytest.skip(f"golden file {name} is absent: set OPSIN_GOLDEN to its folder")
     return found

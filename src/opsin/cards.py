@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from opsin.errors import InvalidCheckpoint, MissingFile, UnknownModel, near_misses
 
-KINDS = ("backbone", "regions")
+KINDS = ("backbone", "regions", "segmentation")
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -23,7 +23,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 class ModelCard:
     """One model: where its weights are, how its input is prepared, what its licence allows.
 
-    ``kind`` is ``"backbone"`` or ``"regions"``; ``family`` the adapter that runs it. ``source`` is ``"hf:org/repo"``
+    ``kind`` is ``"backbone"``, ``"regions"`` or ``"segmentation"``; ``family`` the adapter that runs it. ``source`` is ``"hf:org/repo"``
     (with ``revision``), ``"embedded"``, or empty for a folder and for a model that only combines others; ``files``
     names what is fetched, empty meaning config, preprocessing and weights. ``dim`` is the width of a token,
     ``patch_size`` the pixels of one grid step, ``image_size`` the default side of the square canvas, ``mean`` and
@@ -34,6 +34,12 @@ class ModelCard:
     sub-folder of that name), ``heads``, ``layers`` and ``seed`` of the encoder, ``grid_size`` prompts per side,
     ``threshold`` cosine at which prompts merge and ``grouping`` how, ``fit`` of the image to the square canvas,
     ``regions`` and ``tokens`` when regions of one model are described by the tokens of another.
+    Backbones that know words: ``text``, a reference of the text tower that belongs to the weights (empty: the same
+    repository has it), and ``adaptors``, the names of the heads that lead from RADIO's features to those of a teacher.
+    Segmentation models only: ``backbone``, ``language`` (the adaptor that leads to words; empty: the backbone's own
+    space), ``scra`` and ``scga`` scaling of the two correlations (0: off), ``crop`` and ``stride`` of the windows in
+    pixels (crop 0: one pass), ``denoise`` the probability that a class has to reach somewhere, ``refiner`` the SAM
+    whose decoder sharpens masks.
     ``measured`` holds quality numbers with their protocol as the key.
     """
 
@@ -68,6 +74,15 @@ class ModelCard:
     fit: Literal["stretch", "pad"] = "stretch"
     regions: str = ""
     tokens: str = ""
+    text: str = ""
+    adaptors: tuple[str, ...] = ()
+    language: str = ""
+    scra: float = 0.0
+    scga: float = 0.0
+    crop: int = 0
+    stride: int = 0
+    denoise: float = 0.0
+    refiner: str = ""
     measured: dict[str, Any] = field(default_factory=dict)
 
     @property
