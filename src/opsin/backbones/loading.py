@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opsin import hub
-from opsin.backbones import conv, vit
+from opsin.backbones import conv, radio_checkpoint, vit
 from opsin.backbones.base import Backbone, quiet
+from opsin.backbones.radio import RadioBackbone
 from opsin.cards import ModelCard
 from opsin.errors import InvalidCheckpoint, InvalidConfig, MissingFile
 from opsin.runtime import is_out_of_memory, resolve_device, resolve_dtype
@@ -26,7 +28,7 @@ _OPTIONAL = ("mask_token", "hidden_states_norms", "pooler")
 
 def families() -> list[str]:
     """The ``model_type`` values of ``config.json`` that can be loaded."""
-    return sorted([*vit.MODEL_TYPES, *conv.MODEL_TYPES])
+    return sorted([*vit.MODEL_TYPES, *conv.MODEL_TYPES, "radio"])
 
 
 def load(
@@ -36,6 +38,7 @@ def load(
 
     Args:
         ref: catalogue name, ``"hf:org/repo@revision"``, ``"dir:path"`` or a folder. A region model gives its backbone.
+            Also the path of a published RADIO checkpoint (``*.pth.tar``), converted once into Opsin's cache.
         device: by default the machine's accelerator, else the CPU.
         dtype: by default float32; ``"auto"`` is bfloat16 where the hardware has it and the card allows it.
 
@@ -43,6 +46,9 @@ def load(
         UnknownModel, GatedModel, ModelUnavailable, MissingFile, InvalidCheckpoint (weights that do not fit),
         InvalidConfig (a kind of model that is not supported, or one without preprocessing facts).
     """
+    checkpoint = radio_checkpoint.checkpoint_file(ref)
+    if checkpoint is not None:
+        return load(radio_checkpoint.cached(checkpoint), device=device, dtype=dtype)
     card = hub.card_of(ref)
     if card is not None and card.kind == "regions" and card.backbone != "backbone":
         return load(card.backbone, device=device, dtype=dtype)
@@ -53,13 +59,19 @@ def load(
     if card is not None and card.kind == "regions":
         inner = folder / "backbone" if card.backbone == "backbone" else card.backbone
         return load(inner, device=device, dtype=dtype)
+    target = resolve_device(device)
+    if card is not None and card.family == "radio" and card.files:
+        folder = radio_checkpoint.cached(folder / card.files[0])
+    values = _read_json(folder / "config.json")
+    if radio_checkpoint.is_radio(values):
+        backbone = radio_checkpoint.load(folder, values, card, _name(ref, folder))
+        return backbone.to(target, resolve_dtype(dtype, target, allow_bfloat16=backbone.card.bfloat16))
     config = _read_config(folder)
     family = _family(config.model_type)
     if card is None:
         card = _card(config, _preprocessing(folder), name=_name(ref, folder))
     else:
         _check_card(card, config)
-    target = resolve_device(device)
     model = _load_model(folder, config, family, resolve_dtype(dtype, target, allow_bfloat16=card.bfloat16))
     return _wrap(model, card).to(target)
 
@@ -87,6 +99,9 @@ def from_config(
         _family(kind)
         config = AutoConfig.for_model(kind, **values)
     family = _family(config.model_type)
+    if family == "radio":  # its config states the normalisation
+        config = copy.deepcopy(config)
+        config.norm_mean, config.norm_std = list(mean), list(std)
     processing: dict[str, Any] = {"image_mean": mean, "image_std": std}
     if image_size is not None:
         processing["canvas"] = image_size
@@ -100,12 +115,15 @@ def from_config(
 
 def _wrap(model: Any, card: ModelCard) -> Backbone:
     card = replace(card, parameters=sum(p.numel() for p in model.parameters()))
-    return conv.ConvBackbone(model, card) if card.family == "conv" else vit.VitBackbone(model, card)
+    wrapper = {"conv": conv.ConvBackbone, "radio": RadioBackbone}.get(card.family, vit.VitBackbone)
+    return wrapper(model, card)
 
 
 def _family(model_type: str) -> str:
     if model_type in conv.MODEL_TYPES:
         return "conv"
+    if model_type == "radio":
+        return "radio"
     if model_type not in vit.MODEL_TYPES:
         raise InvalidConfig(
             f"The model_type of a backbone is one of {', '.join(families())}", got=f'"{model_type}"',
@@ -122,11 +140,13 @@ def _vision(config: Any) -> Any:
 def _model_class(config: Any, family: str) -> Any:
     import transformers
 
-    return conv.model_class(config) if family == "conv" else getattr(transformers, vit.FAMILIES[family].model)
+    if family == "conv":
+        return conv.model_class(config)
+    return transformers.RadioModel if family == "radio" else getattr(transformers, vit.FAMILIES[family].model)
 
 
 def _options(family: str) -> dict[str, Any]:
-    return {} if family == "conv" else dict(vit.FAMILIES[family].load)
+    return dict(vit.FAMILIES[family].load) if family in vit.FAMILIES else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -40,8 +40,11 @@ FAMILIES = {
     "dinov3_vit": Family("DINOv3ViTModel"),
     "clip": Family("CLIPVisionModel", call=_INTERPOLATE),
     "siglip": Family("SiglipVisionModel", class_token=False, call=_INTERPOLATE),
+    "tipsv2": Family("Tipsv2VisionModel"),  # its one register is a second class token, trained on other captions
 }
-MODEL_TYPES = {name: name for name in FAMILIES} | {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+MODEL_TYPES = {name: name for name in FAMILIES} | {
+    f"{name}_vision_model": name for name in ("clip", "siglip", "tipsv2")
+}
 
 
 def pair(value: int | Iterable[int]) -> tuple[int, int]:
