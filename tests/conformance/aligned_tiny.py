@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ def normalised(kind: str, pixels: Tensor) -> Tensor:
     return pixels if kind == "tipsv2" else (pixels - 0.5) / 0.25
 
 
+def raw_tokens(kind: str, model: Any, pixels: Tensor) -> Tensor:
+    """All tokens as the last block of the original model leaves them."""
+    seen = []
+    handle = model.vision_model.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    options = {} if kind == "tipsv2" else {"interpolate_pos_encoding": True}
+    model.vision_model(normalised(kind, pixels), **options)
+    handle.remove()
+    return seen[0].last_hidden_state
+
+
 def mlp(inputs: int, outputs: int, seed: int) -> dict[str, Tensor]:
     """Weights of an adaptor of kind v2."""
     shapes = {
@@ -62,6 +73,36 @@ def mlp(inputs: int, outputs: int, seed: int) -> dict[str, Tensor]:
     }  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     return {key: torch.randn(shape, generator=generator) * 0.5 for key, shape in shapes.items()}
+
+
+def save_radio(path: Path) -> None:
+    """A RADIO training checkpoint under its published key names, with adaptors siglip2 and sam."""
+    shapes = {
+        "patch_generator.embedder.weight": (32, 768), "patch_generator.pos_embed": (1, 16, 32),
+        "patch_generator.cls_token.token": (4, 32),
+    }  # fmt: skip
+    for i in range(2):
+        shapes |= {f"blocks.{i}.{name}.{end}": (32,) for name in ("norm1", "norm2") for end in ("weight", "bias")}
+        for name, (rows, columns) in {
+            "attn.qkv": (96, 32), "attn.proj": (32, 32), "mlp.fc1": (64, 32), "mlp.fc2": (32, 64),
+        }.items():  # fmt: skip
+            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+    generator = torch.Generator().manual_seed(6)
+    state = {f"base_model.{key}": torch.randn(shape, generator=generator) * 0.3 for key, shape in shapes.items()}
+    state |= {"input_conditioner.norm_mean": torch.full((3, 1, 1), 0.5)}
+    state |= {"input_conditioner.norm_std": torch.full((3, 1, 1), 0.25)}
+    for name, width in (("siglip2", 24), ("sam", 40)):
+        state |= {f"_heads.{name}.{key}": value for key, value in mlp(32, width, 1).items()}
+        state |= {f"_feature_projections.{name}.{key}": value for key, value in mlp(32, width, 2).items()}
+    teachers = [
+        {"name": "siglip2", "type": "siglip2", "model": "siglip2-so400m"},
+        {"name": "sam", "type": "sam", "model": "vit-h", "use_summary": False},
+    ]
+    args = argparse.Namespace(
+        model="vit_tiny_patch16_224", model_kwargs={"num_heads": 4}, cpe_max_size=64, cls_token_per_teacher=True,
+        register_multiple=4, mlp_version="v2", teachers=teachers,
+    )  # fmt: skip
+    torch.save({"arch": "vit_tiny_patch16_224", "epoch": 1, "args": args, "state_dict": state}, path)
 
 
 def radio(*names: str, text: str = "hf:org/words", upsample: int = 1) -> RadioBackbone:

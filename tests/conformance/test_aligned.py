@@ -15,13 +15,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 
+from opsin.backbones.adaptors import Adaptor
 from opsin.cards import ModelCard, catalogue, find
 from opsin.errors import IncompatibleModel, InvalidConfig, UnsupportedSize
 from opsin.segmentation import aligned
 from opsin.segmentation.aligned import AlignedBackbone
 from opsin.segmentation.labels import as_labels
 from tests.conformance import aligned_tiny
-from tests.conformance.aligned_tiny import KINDS, PREFIX, noise, normalised, radio, save
+from tests.conformance.aligned_tiny import KINDS, PREFIX, mlp, noise, normalised, radio, raw_tokens, save, save_radio
 from tests.conformance.tiny import make
 
 ALL = (*KINDS, "radio")
@@ -44,16 +45,6 @@ def build(folders: dict[str, Path]) -> Any:
         return aligned.from_pretrained(folders[kind], **{"device": "cpu", **options})
 
     return build
-
-
-def raw_tokens(kind: str, model: Any, pixels: Tensor) -> Tensor:
-    """All tokens as the last block of the original model leaves them."""
-    seen = []
-    handle = model.vision_model.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output))
-    options = {} if kind == "tipsv2" else {"interpolate_pos_encoding": True}
-    model.vision_model(normalised(kind, pixels), **options)
-    handle.remove()
-    return seen[0].last_hidden_state
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -296,6 +287,24 @@ def test_a_card_says_how(folders: dict[str, Path], tmp_path: Path) -> None:
     assert backbone.text == f"dir:{folders['clip']}"
 
 
+@torch.no_grad()
+def test_a_radio_checkpoint_as_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPSIN_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "c-radio_tiny_half.pth.tar"
+    save_radio(path)
+    card = ModelCard("mine", "segmentation", "radseg", backbone=f"dir:{path}", language="siglip2", scra=10.0)
+    plain, chosen = aligned.from_pretrained(str(path), device="cpu"), aligned.from_pretrained(card, device="cpu")
+    assert (plain.language, plain.scra, plain.text_dim, plain.logit_scale) == ("siglip2", None, 24, 100)
+    assert (chosen.language, chosen.scra) == ("siglip2", 10)
+    assert plain.text == "hf:google/siglip2-so400m-patch16-naflex"
+    pixels = noise(1, 3, 32, 48)
+    features = plain.features(pixels)
+    assert (chosen.features(pixels) - features).abs().max() > 1e-2
+    assert plain.sam_features(features).shape == (1, 40, 2, 3)
+    expected = Adaptor.from_state_dict(mlp(32, 24, 1), {}).head_mlp(features.flatten(2).mT)
+    torch.testing.assert_close(plain.align(features.flatten(2).mT), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_backbones_without_words(tmp_path: Path) -> None:
     make("dinov2").save_pretrained(tmp_path / "dinov2")
     with pytest.raises(IncompatibleModel, match=r"trained with words.*radseg-b.*clip-b16-seg.*tipsv2-b14-seg"):
@@ -307,6 +316,8 @@ def test_backbones_without_words(tmp_path: Path) -> None:
         AlignedBackbone(radio("dino", "sam"))
     with pytest.raises(IncompatibleModel, match="no adaptors"):
         AlignedBackbone(radio())
+    with pytest.raises(IncompatibleModel, match=r"ren-dino-b8.*radseg-b"):
+        aligned.from_pretrained("ren-dino-b8")
 
 
 def test_languages(folders: dict[str, Path]) -> None:

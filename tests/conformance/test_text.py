@@ -25,7 +25,7 @@ from opsin.errors import (
     UnknownModel,
 )
 
-WORDS = "a photo of the red traffic light trafficlight cat dog in bad . , Cat many very long".split()
+WORDS = ["a", "photo", "of", "the", "red", "traffic", "light", "trafficlight", "cat", "dog", "in", "bad", ".", ",", "Cat", "many", "very", "long"]
 TEXTS = ["a photo of the red cat.", "dog", "A bad photo of a traffic-light, in the dog", "", "kitten " * 100]
 TEXT = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -121,8 +121,9 @@ def test_equals_the_full_model(family: str, saved: dict[str, tuple[Path, Any]]):
         ids, _ = ids_of(TEXTS, lower=True, length=12)
         torch.testing.assert_close(vectors, model.text_model(ids).pooler_output, rtol=1e-5, atol=1e-5)
     assert (vectors[0] - vectors[1]).abs().max() > 0.05, "texts must differ for this test to tell anything"
-    parameters = sum(p.numel() for p in encoder.parameters())
-    assert parameters < sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.vision_model.parameters()) + 1  # fmt: skip  # noqa: E501
+    names = {name.removeprefix("text_model.") for name, _ in encoder.model.named_parameters()}
+    owned = {name.removeprefix("text_model.") for name, _ in model.named_parameters() if name.startswith("text_")}
+    assert names == owned, "the text half and no more"
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     assert not encoder.train().model.training
 
@@ -148,7 +149,8 @@ def test_dtypes(family: str, saved: dict[str, tuple[Path, Any]]):
     rough = load_text(folder, dtype="bfloat16").encode(TEXTS)
     assert rough.dtype == torch.bfloat16
     assert torch.cosine_similarity(rough.double(), exact).min() > 0.99
-    assert load_text(folder, device="meta").encode(["cat"]).device.type == "meta"
+    if family != "tipsv2":  # its mask is looked at
+        assert load_text(folder, device="meta").encode(["cat"]).device.type == "meta"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -280,7 +282,7 @@ def test_refused_weights(saved: dict[str, tuple[Path, Any]], tmp_path: Path):
 
     with pytest.raises(InvalidCheckpoint, match="missing: encoder.layers.1.mlp.fc1.weight"):
         load_with({key: value for key, value in state.items() if key != name})
-    with pytest.raises(InvalidCheckpoint, match="unexpected: text_model.other"):
+    with pytest.raises(InvalidCheckpoint, match="unexpected: other"):
         load_with(state | {"text_model.other": torch.ones(2)})
     with pytest.raises(InvalidCheckpoint, match="must fit"):
         load_with(state | {name: torch.ones(5, 16)})

@@ -44,9 +44,9 @@ def golden() -> dict[str, np.ndarray]:
 
 def image(case: str, dtype: type) -> torch.Tensor:
     height, width = SIZES[case]
-    with np.load(golden_path("images.npz", "radseg")) as small, np.load(golden_path("images_large.npz", "radseg")) as big:
-        key = f"u8_{height}x{width}_s3"
-        pixels = small[key] if key in small else big[key]
+    file = "images_large.npz" if height > 500 else "images.npz"
+    with np.load(golden_path(file, "radseg")) as images:
+        pixels = images[f"u8_{height}x{width}_s3"]
     return torch.from_numpy(pixels[None].astype(dtype) / dtype(255))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,9 @@ class RadioBackbone(Backbone):
         adaptors: Mapping[str, Adaptor] | None = None,
     ) -> None:
         super().__init__(model, card)
-        self.adaptors = nn.ModuleDict(dict(adaptors or {}))
+        self.adaptors = nn.ModuleDict(dict(adaptors or {})).to(next(self.model.parameters()))
         self._folder = folder
-        self._positions: OrderedDict[Size, Tensor] = OrderedDict()
+        self._positions: dict[Size, Tensor] = {}
         self._stamp: tuple[object, ...] = ()
 
     @property
@@ -86,19 +85,17 @@ class RadioBackbone(Backbone):
     def positions(self, grid: Size) -> Tensor:
         """Position encoding ``(1, h·w, D)`` of a patch grid; kept for the last few grids until the weights change."""
         table: Tensor = self.model.embeddings.position_embedding
-        if torch.is_grad_enabled() and table.requires_grad:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and table.requires_grad):
             return interpolate_positions(table, grid)
         version = None if table.is_inference() else table._version
-        stamp = (table.data_ptr() if table.device.type != "meta" else 0, version, table.dtype, table.device)
-        if stamp != self._stamp:
-            self._positions.clear()
-            self._stamp = stamp
-        if grid not in self._positions:
-            self._positions[grid] = interpolate_positions(table, grid)
-            if len(self._positions) > _GRIDS:
-                self._positions.popitem(last=False)
-        self._positions.move_to_end(grid)
-        return self._positions[grid]
+        address = None if table.device.type == "meta" else table.data_ptr()
+        stamp = (address, version, table.dtype, table.device)
+        if stamp != self._stamp or len(self._positions) >= _GRIDS and grid not in self._positions:
+            self._stamp, self._positions = stamp, {}
+        found = self._positions.get(grid)
+        if found is None:
+            found = self._positions[grid] = interpolate_positions(table.detach(), grid)
+        return found
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config, safetensors, preprocessing, card and adaptors; ``load("dir:…")`` reads them back."""

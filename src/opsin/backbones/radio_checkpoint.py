@@ -153,7 +153,7 @@ def checkpoint_file(ref: str | Path) -> Path | None:
     if text.endswith(".pth.tar"):
         return Path(text.removeprefix("dir:")).expanduser()
     folder = Path(text.removeprefix("dir:")).expanduser()
-    named = isinstance(ref, Path) or text.startswith("dir:") or "/" in text  # else it is a catalogue name
+    named = isinstance(ref, Path) or text.startswith("dir:") or len(folder.parts) > 1  # else it is a catalogue name
     if not named or not folder.is_dir() or (folder / "config.json").is_file():
         return None
     found = sorted(folder.glob("*.pth.tar"))
@@ -271,7 +271,7 @@ def _config(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], conditioner
     except (KeyError, ValueError, IndexError) as error:
         raise InvalidCheckpoint(
             "A RADIO has a patch generator and blocks", got=f"no {error}",
-            remedy="RADIO before version 2.5, and E-RADIO, have another design.",
+            remedy="RADIO before 2.5, E-RADIO, and the -g models of 2.x after DINOv2 have another design.",
         ) from error
     kwargs = facts.get("model_kwargs") or {}
     heads = kwargs.get("num_heads") or facts.get("num_attention_heads") or _HEADS.get(dim)
@@ -293,7 +293,7 @@ def _config(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], conditioner
         options = {key: conditioner[key].flatten().tolist() for key in ("norm_mean", "norm_std") if key in conditioner}
     return RadioConfig(
         hidden_size=dim, num_hidden_layers=len(layers), num_attention_heads=int(heads), mlp_ratio=ratio,
-        use_swiglu_ffn=gated, qkv_bias="encoder.layer.0.attention.q_proj.bias" in tensors, patch_size=patch,
+        use_swiglu_ffn=gated, qkv_bias=any(key.endswith(".q_proj.bias") for key in tensors), patch_size=patch,
         image_size=max(1, int(min(preferred)) // patch) * patch, max_img_size=math.isqrt(cells) * patch,
         num_cls_tokens=classes, num_registers=prefix - classes,
         summary_idxs=facts.get("summary_idxs") or [i for i in summary if i < classes] or [0],

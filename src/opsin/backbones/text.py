@@ -55,6 +55,7 @@ class TextEncoder(nn.Module):
         self._tokenizer = tokenizer
         self._case = case
         self._masked = masked
+        self.eval()
 
     def train(self, mode: bool = True) -> TextEncoder:
         """Stays in evaluation mode."""
@@ -64,7 +65,8 @@ class TextEncoder(nn.Module):
         """Vectors ``(L, E)`` of token ``ids (L, N)``; ``mask (L, N)`` is 0 where padding is not to be seen."""
         output = self.model(input_ids=ids, attention_mask=mask)
         projected = getattr(output, "text_embeds", None)
-        return output.pooler_output if projected is None else projected
+        vectors = output.pooler_output if projected is None else projected
+        return vectors.to(next(self.parameters()).dtype)  # a mean over integers of a mask comes out wider
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
@@ -164,7 +166,7 @@ def load_text(
         case = "bare" if str(settings.get("tokenizer_class")).startswith("SiglipTokenizer") else "lower"
     return TextEncoder(
         model, tokenizer, name=text_name(ref), dim=getattr(config, family.width or "hidden_size"), max_length=length,
-        case=case, masked=not family.filled,
+        case=case, masked=family.masked,
     ).to(target)  # fmt: skip
 
 

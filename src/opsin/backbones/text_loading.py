@@ -23,21 +23,22 @@ if TYPE_CHECKING:
 class Family:
     """How a tower is run: its class, and the tensor and the option of the config that say how wide its vectors are.
 
-    ``filled``: texts are padded to the full length without a mask, since training did so and the last position is
-    what is read. Elsewhere padding is masked, and as long as the longest text needs.
+    ``filled``: texts are padded to the full length, as in training, since the last position is what is read;
+    elsewhere to the longest text. ``masked``: padding has to be hidden; a causal tower does not see it anyway.
     """
 
     model: str
     head: str = ""
     width: str = ""
     filled: bool = False
+    masked: bool = False
 
 
 FAMILIES = {
     "siglip": Family("SiglipTextModel", "text_model.head.weight", "projection_size", filled=True),
     "siglip2": Family("Siglip2TextModel", "text_model.head.weight", "projection_size", filled=True),
     "clip": Family("CLIPTextModelWithProjection", "text_projection.weight", "projection_dim"),
-    "tipsv2": Family("Tipsv2TextModel"),
+    "tipsv2": Family("Tipsv2TextModel", masked=True),
 }
 
 
@@ -95,7 +96,7 @@ def tokenizer_of(folder: Path, settings: dict[str, Any], limit: int, length: int
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:
-            tokenizer = _converted(folder)
+            tokenizer, settings = _converted(folder)
     except (MissingExtra, MissingFile):
         raise
     except Exception as error:  # the library raises plain Exception
@@ -113,8 +114,8 @@ def tokenizer_of(folder: Path, settings: dict[str, Any], limit: int, length: int
     return tokenizer
 
 
-def _converted(folder: Path) -> Tokenizer:
-    """The tokeniser of a folder without tokenizer.json: vocabulary and merges, or a SentencePiece model."""
+def _converted(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokeniser, and its settings, of a folder with a vocabulary and merges, or with a SentencePiece model."""
     from importlib.util import find_spec
 
     from transformers import AutoTokenizer
@@ -129,7 +130,8 @@ def _converted(folder: Path) -> Tokenizer:
         what = f'"sentencepiece" is needed to read {models[0]} in {folder}'
         raise MissingExtra(what, remedy="Install it: pip install sentencepiece.")
     with quiet():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True).backend_tokenizer
+        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return made.backend_tokenizer, {"pad_token": made.pad_token}
 
 
 def build(family: Family, config: Any, tensors: dict[str, Tensor], dtype: torch.dtype, what: str) -> Any:

@@ -203,16 +203,18 @@ def from_pretrained(
     """A backbone with words, with the SCRA of its card. Of an image-text checkpoint only the image half is read.
 
     Args:
-        ref: the card of a segmentation model, a catalogue name, ``"hf:org/repo@revision"``, ``"dir:path"`` or a folder;
-            of a backbone alone, SCRA is off.
+        ref: the card of a segmentation model, or what :func:`opsin.backbones.load` takes; with a backbone, SCRA is off.
         language: RADIO's adaptor that leads to words; by default the card's, else the first that has a text tower.
         device, dtype: as for :func:`opsin.backbones.load`.
 
     Raises:
         IncompatibleModel: a backbone without words, and all that :func:`opsin.backbones.load` raises.
     """
-    card = ref if isinstance(ref, ModelCard) else hub.card_of(ref)
+    file = str(ref).endswith(".pth.tar")
+    card = ref if isinstance(ref, ModelCard) else None if file else hub.card_of(ref)
     source, scaling = (ref.name if isinstance(ref, ModelCard) else ref), 0.0
+    if card is not None and card.kind == "regions":
+        raise IncompatibleModel("Region models know no words", got=f'"{card.name}"', remedy=f"These do: {_names()}.")
     if card is not None and card.kind == "segmentation":
         source, scaling = card.backbone, card.scra
         language = card.language if language is None else language

@@ -101,12 +101,11 @@ def projection_and_scale(folder: Path) -> tuple[Tensor | None, float | None]:
     Reads these small tensors alone; None for what the checkpoint does not have.
     """
     tensors = _read(folder, ("visual_projection.weight", "logit_scale", "temperature"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    temperature = tensors.get("temperature", config.get("temperature_init_value"))
-    scale = None
-    if "logit_scale" in tensors:
-        scale = float(tensors["logit_scale"].double().exp())
-    elif temperature is not None:
+    scale = float(tensors["logit_scale"].double().exp()) if "logit_scale" in tensors else None
+    temperature = tensors.get("temperature")
+    if temperature is None and (folder / "config.json").is_file():
+        temperature = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("temperature_init_value")
+    if scale is None and temperature is not None:
         scale = 1 / float(temperature)
     return tensors.get("visual_projection.weight"), scale
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opsin.geometry import Size
+from opsin.segmentation.vocabulary import reduce_synonyms
 
 _BAND_BYTES = 16 << 20  # of probabilities at full size that are alive at a time
 UNKNOWN = -1
@@ -37,10 +38,7 @@ def class_probabilities(words: Tensor, text: Tensor, index: Tensor, classes: int
         scale: inverse temperature.
     """
     cosine = F.normalize(text, dim=1).to(words) @ words.flatten(1)
-    if len(index) != classes or not torch.equal(index.cpu(), torch.arange(classes)):
-        target = index.to(words.device)[:, None].expand_as(cosine)
-        empty = cosine.new_full((classes, cosine.shape[1]), -torch.inf)
-        cosine = empty.scatter_reduce(0, target, cosine, "amax")
+    cosine = reduce_synonyms(cosine, index, classes)
     return (cosine * scale).softmax(0).view(classes, *words.shape[1:])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from opsin.remote_tensors import load_tensors, read_tensors
 from opsin.runtime import in_batches, resolve_device, resolve_dtype, to_model
 
 FRAME = 1024  # side of the square, in pixels, that SAM lays every image into, at its top left corner
+Compat = Literal["published"] | None
 PATCH = 16
 GRID = FRAME // PATCH
 LOW_RESOLUTION = 256  # side of mask prompts and of predicted masks
@@ -148,6 +150,7 @@ class SamDecoder(nn.Module):
         *,
         mask_index: Tensor | None = None,
         batch_size: int = 8,
+        compat: Compat = None,
     ) -> tuple[Tensor, Tensor]:
         """One mask for each of ``K`` objects, each prompted with a point inside, a box and, if given, a rough mask.
 
@@ -157,6 +160,8 @@ class SamDecoder(nn.Module):
             masks: ``(M, 1, 256, 256)`` logits, quarter resolution of the frame.
             mask_index: ``(K,)`` the row of ``masks`` of each object; by default one row for each (``M = K``).
             batch_size: objects at a time; halved when memory runs out.
+            compat: ``"published"`` normalises mask prompts over rows instead of channels, as the published RADSeg+
+                does: it hands them over without a batch axis, which the layer then takes the channels for.
 
         Returns:
             Mask logits ``(K, 256, 256)`` over the whole frame, and the predicted IoU ``(K,)`` of each.
@@ -183,15 +188,16 @@ class SamDecoder(nn.Module):
                 (points[index.to(points.device)].to(device) - 0.5)[:, None, None],
                 torch.ones(len(index), 1, 1, dtype=torch.int64, device=device),
                 (boxes[index.to(boxes.device)].to(device) - 0.5)[:, None],
-                None if masks is None else to_model(masks[rows[index].to(masks.device)], self),
+                None,
             )
+            if masks is not None:
+                embed = self.prompt_encoder.mask_embed if compat is None else self._published_mask_embedding
+                dense = embed(to_model(masks[rows[index].to(masks.device)], self))
             size = (len(index), -1, -1, -1)
-            sparse = sparse.to(embedding.dtype)
-            # the box corners come as a second axis of prompts: all belong to one object
             logits, iou = self.mask_decoder(
                 image_embeddings=embedding.expand(size),
                 image_positional_embeddings=places.expand(size),
-                sparse_prompt_embeddings=sparse,
+                sparse_prompt_embeddings=sparse.to(embedding.dtype),
                 dense_prompt_embeddings=dense,
                 multimask_output=False,
             )
@@ -209,6 +215,18 @@ class SamDecoder(nn.Module):
         centres = (torch.arange(GRID, device=matrix.device, dtype=matrix.dtype) + 0.5) / GRID
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         return positions(torch.stack([x, y], -1)).permute(2, 0, 1)[None]
+
+    def _published_mask_embedding(self, masks: Tensor) -> Tensor:
+        """As ``mask_embed``, normalised over the rows of each column and channel, with the gains of the channels."""
+        layers = self.prompt_encoder.mask_embed
+
+        def norm(layer: nn.LayerNorm, hidden: Tensor) -> Tensor:
+            by_row = nn.functional.layer_norm(hidden.transpose(2, 3), hidden.shape[2:3], eps=layer.eps).transpose(2, 3)
+            return by_row * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+        hidden = layers.activation(norm(layers.layer_norm1, layers.conv1(masks)))
+        hidden = layers.activation(norm(layers.layer_norm2, layers.conv2(hidden)))
+        return layers.conv3(hidden)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SamDecoder:
         """Keep the frequencies of positions in float32 at least: half precision would move prompts by pixels."""

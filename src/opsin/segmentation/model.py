@@ -1,0 +1,349 @@
+"""``Segmenter``: an image is encoded once, then any words are found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opsin import hub
+from opsin import images as im
+from opsin.cards import ModelCard
+from opsin.errors import IncompatibleModel, InvalidConfig, UnsupportedSize
+from opsin.geometry import Size
+from opsin.runtime import to_model
+from opsin.segmentation import aligned as alignment
+from opsin.segmentation import prediction, sam
+from opsin.segmentation.aggregation import aggregate
+from opsin.segmentation.aligned import AlignedBackbone
+from opsin.segmentation.labels import Labels, as_labels
+from opsin.segmentation.refine import frame, refine
+from opsin.segmentation.result import Segmentation
+from opsin.segmentation.windows import sliding_features
+
+if TYPE_CHECKING:
+    from opsin.segmentation.sam import SamDecoder
+
+Words = str | Sequence[str] | Mapping[str, Sequence[str]] | Labels
+# What competes with a single label when nothing else is named: the canonical phrases of LERF (arXiv 2303.09553).
+OTHER = ("object", "things", "stuff", "texture")
+_BACKGROUND = "(background)"
+_ALIGN_ROWS = 16384  # locations that go through the head to the words at a time
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationFeatures:
+    """One image, encoded: ask it for any words.
+
+    ``features (D, h, w)`` stitched and aggregated; ``words (E, h, w)`` the same in the space of the words, of unit
+    length; ``size (H, W)`` of the original image; ``embedding (256, 64, 64)`` of SAM's decoder and ``fed (H, W)``, the
+    size of the image in its frame, when it was encoded for refinement.
+    """
+
+    features: Tensor
+    words: Tensor
+    size: Size
+    segmenter: Segmenter
+    embedding: Tensor | None = None
+    fed: Size | None = None
+
+    @property
+    def grid(self) -> Size:
+        """``(h, w)``."""
+        return int(self.words.shape[1]), int(self.words.shape[2])
+
+    def query(self, labels: Words, **options: Any) -> Segmentation:
+        """See :meth:`Segmenter.query`."""
+        return self.segmenter.query(self, labels, **options)
+
+    def heat_map(self, phrase: str, **options: Any) -> Tensor:
+        """See :meth:`Segmenter.heat_map`."""
+        return self.segmenter.heat_map(self, phrase, **options)
+
+
+class Segmenter(nn.Module):
+    """Open-vocabulary segmentation without training (RADSeg, arXiv 2511.19704), on any backbone that knows words.
+
+    ``aligned`` is the backbone with its way to the words, ``card`` the defaults, ``refiner`` the decoder of SAM for
+    RADSeg+, loaded when first needed unless given.
+    """
+
+    def __init__(self, aligned: AlignedBackbone, card: ModelCard, refiner: SamDecoder | None = None) -> None:
+        super().__init__()
+        self.aligned = aligned
+        self.card = card
+        self._refiner = (refiner,)  # in a tuple: not a part of the weights
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        ref: str | Path = "radseg-b",
+        *,
+        language: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Segmenter:
+        """A segmentation model, or a backbone that knows words, ready to segment.
+
+        Args:
+            ref: catalogue name (``radseg-b``, ``siglip2-…``), ``"hf:org/repo@rev"``, ``"dir:path"``, a folder, or the
+                path of a published ``*_half.pth.tar`` of RADIO.
+            language: RADIO's adaptor that leads to words; by default the card's, else the first with a text tower.
+            device, dtype: as for ``opsin.load``.
+
+        Raises:
+            UnknownModel, GatedModel, ModelUnavailable, MissingFile, InvalidCheckpoint, IncompatibleModel (no words).
+        """
+        path = Path(str(ref).removeprefix("dir:")).expanduser()
+        card = None if path.is_file() else hub.card_of(ref)
+        aligned = alignment.from_pretrained(ref, language=language, device=device, dtype=dtype)
+        if card is None or card.kind != "segmentation":
+            card = default_card(aligned)
+            aligned.scra = card.scra
+        return cls(aligned, card)
+
+    @property
+    def name(self) -> str:
+        """Name of the model, with its language adaptor when that is not the card's."""
+        other = self.aligned.language if self.aligned.language != self.card.language else ""
+        return f"{self.card.name}:{other}" if other else self.card.name
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Any,
+        *,
+        crop: int | None = None,
+        stride: int | None = None,
+        scga: float | None = None,
+        longest: int | None = None,
+        refine: bool = False,
+        batch_size: int = 8,
+        compat: Literal["published"] | None = None,
+    ) -> list[SegmentationFeatures]:
+        """Encode images of any sizes, once; in order.
+
+        Args:
+            images: one image (path, bytes, PIL, array, tensor), a list, a batch ``(B, 3, H, W)``, or a folder.
+            crop, stride: windows in pixels, multiples of the patch; by default the card's. ``crop=0``: one pass.
+            scga: scaling of the global aggregation, 0 for none; by default the card's.
+            longest: shrink images whose longest side is above this many pixels first (labels still have every pixel).
+            refine: also compute what RADSeg+ needs, one pass at 1024 pixels.
+            batch_size: windows that go together, of whichever image; halved when memory runs out.
+            compat: ``"published"`` takes SCGA's mean over all images, and floors the size that SAM sees.
+
+        Raises:
+            InvalidImage, MissingFile, InvalidConfig, UnsupportedSize, ResourceError,
+            IncompatibleModel (``refine`` with weights that have no SAM head).
+        """
+        if longest is not None and longest < self.aligned.patch_size:
+            raise InvalidConfig("longest is at least one patch", got=longest)
+        pictures = im.read_images(images)
+        shown = [p if longest is None or max(p.shape[1:]) <= longest else _shrink(p, longest) for p in pictures]
+        maps = sliding_features(
+            shown,
+            self._features,
+            crop=self.card.crop if crop is None else crop,
+            stride=self.card.stride if stride is None else stride,
+            patch=self.aligned.patch_size,
+            batch_size=batch_size,
+        )
+        scaling = self.card.scga if scga is None else scga
+        if scaling:
+            maps = _aggregate(maps, scaling, compat)
+        found = []
+        for picture, features in zip(pictures, maps, strict=True):
+            embedding, fed = self._sam_embedding(picture, compat) if refine else (None, None)
+            size = int(picture.shape[1]), int(picture.shape[2])
+            found.append(SegmentationFeatures(features, self._words(features), size, self, embedding, fed))
+        return found
+
+    def segment(
+        self, image: Any, labels: Words, *, crop: int | None = None, stride: int | None = None,
+        longest: int | None = None, refine: bool = False, **options: Any,
+    ) -> Segmentation:  # fmt: skip
+        """One image and words to labels: :meth:`encode`, then :meth:`query` (whose options it takes too)."""
+        as_labels(labels)  # a mistake in the question is told before the expensive step
+        found = self.encode(
+            [im.read_image(image)], crop=crop, stride=stride, longest=longest, refine=refine,
+            compat=options.get("compat"),
+        )  # fmt: skip
+        return self.query(found[0], labels, refine=refine, **options)
+
+    @torch.no_grad()
+    def query(
+        self,
+        encoded: SegmentationFeatures,
+        labels: Words,
+        *,
+        size: Size | None = None,
+        templates: str | Sequence[str] | None = "imagenet",
+        background: Sequence[str] | None = None,
+        denoise: float | None = None,
+        threshold: float = 0.0,
+        refine: bool = False,
+        coarse_threshold: float = 0.10,
+        min_area: int = 225,
+        iou_threshold: float = 0.9,
+        compat: Literal["published"] | None = None,
+    ) -> Segmentation:
+        """The most probable label of every pixel, by a softmax over all labels.
+
+        Args:
+            encoded: an image from :meth:`encode` of this model.
+            labels: ``"cat, sofa"``, a list of names, or ``{"person": ["man", "woman"]}`` with synonyms.
+            size: ``(H, W)`` of the result; by default that of the image.
+            templates: ``"imagenet"`` (80 sentences), own sentences with ``{}``, or None for phrases as they are.
+            background: phrases that compete with the labels and whose pixels become unknown. A softmax over one label
+                is always 1, so a single label gets ``("object", "things", "stuff", "texture")`` when this is None;
+                ``()`` means none, and is an error for a single label.
+            denoise: leave out labels whose probability reaches this nowhere; by default the card's. 0: keep all.
+            threshold: pixels whose best label is less probable become unknown.
+            refine: sharpen masks with SAM's decoder (RADSeg+); the image must be encoded with ``refine=True``.
+            coarse_threshold, min_area, iou_threshold: RADSeg+: what is refined, from which area (pixels at half
+                resolution), and the predicted IoU a mask must exceed.
+            compat: ``"published"``: when denoising leaves no label out of none, every pixel is the first label.
+
+        Raises:
+            InvalidPrompt (labels), InvalidConfig (options), IncompatibleModel (features of another model).
+        """
+        wanted, other, asked = self._question(labels, templates, background)
+        grid = self._probabilities(encoded, asked)
+        height, width = self._size(encoded, size)
+        limit = self.card.denoise if denoise is None else denoise
+        for name, value in (("denoise", limit), ("threshold", threshold)):
+            if not 0 <= value <= 1:
+                raise InvalidConfig(f"{name} is a probability in [0, 1]", got=value)
+        found = prediction.decide(grid, (height, width), denoise=limit, threshold=threshold, compat=compat)
+        result, scores = found.labels, found.scores
+        if refine:
+            full = prediction.enlarge(grid, (height, width), found.kept)
+            result, scores = self._refined(
+                encoded, result, scores, full, coarse_threshold=coarse_threshold, min_area=min_area,
+                iou=iou_threshold, compat=compat,
+            )  # fmt: skip
+        result = torch.where(result >= len(wanted), prediction.UNKNOWN, result)  # the background phrases
+        best = grid[: len(wanted)].flatten(1).amax(1)
+        return Segmentation(result, scores, wanted.classes, best, self.name, other)
+
+    @torch.no_grad()
+    def probabilities(
+        self, encoded: SegmentationFeatures, labels: Words, *, size: Size | None = None,
+        templates: str | Sequence[str] | None = "imagenet", denoise: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``(C, H, W)`` probabilities of all labels at every pixel, 0 for those left out: mind the memory."""
+        grid = self._probabilities(encoded, as_labels(labels, templates=templates))
+        target = self._size(encoded, size)
+        kept = prediction.present(grid, target, self.card.denoise if denoise is None else denoise)
+        return prediction.enlarge(grid, target, kept)
+
+    @torch.no_grad()
+    def heat_map(
+        self, encoded: SegmentationFeatures, phrase: str, *, size: Size | None = None,
+        templates: str | Sequence[str] | None = "imagenet",
+    ) -> Tensor:  # fmt: skip
+        """Cosine of every pixel to one phrase ``(H, W)``, in [-1, 1]; what counts as high differs between phrases."""
+        self._check(encoded)
+        text = self.embed(as_labels([phrase], templates=templates))
+        cosine = F.normalize(text, dim=1).to(encoded.words) @ encoded.words.flatten(1)
+        return prediction.enlarge(cosine.view(1, *encoded.grid), self._size(encoded, size))[0]
+
+    def embed(self, labels: Labels) -> Tensor:
+        """``(S, E)`` one vector per phrase of the labels, from the cache or the text tower."""
+        return self.aligned.vocabulary.embed(labels)
+
+    def _question(
+        self, labels: Words, templates: str | Sequence[str] | None, background: Sequence[str] | None
+    ) -> tuple[Labels, tuple[str, ...], Labels]:
+        wanted = as_labels(labels, templates=templates)
+        other = (OTHER if len(wanted) == 1 else ()) if background is None else tuple(background)
+        if len(wanted) == 1 and not other:
+            raise InvalidConfig(
+                "One label needs something to compete with: a softmax over one is always 1", got="background=()",
+                remedy="Leave background out, name other things there, or use heat_map.",
+            )
+        asked = wanted
+        if other:
+            asked = Labels((*wanted.classes, _BACKGROUND), (*wanted.phrases, other), wanted.templates)
+        return wanted, other, asked
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        found = self.aligned.features(to_model(pixels, self.aligned))
+        return found.to(torch.promote_types(found.dtype, torch.float32))  # sums over windows and images need the bits
+
+    def _words(self, features: Tensor) -> Tensor:
+        tokens = to_model(features.flatten(1).T, self.aligned.head)
+        words = torch.cat([self.aligned.align(rows) for rows in tokens.split(_ALIGN_ROWS)]).to(features.dtype)
+        return F.normalize(words, dim=1).T.reshape(-1, *features.shape[1:]).contiguous()
+
+    def _probabilities(self, encoded: SegmentationFeatures, labels: Labels) -> Tensor:
+        self._check(encoded)
+        text, scale = self.embed(labels), self.aligned.logit_scale
+        return prediction.class_probabilities(encoded.words, text, labels.index, len(labels), scale)
+
+    def _check(self, encoded: SegmentationFeatures) -> None:
+        if encoded.segmenter.name != self.name:
+            raise IncompatibleModel(f"Features of {self.name}", got=f"features of {encoded.segmenter.name}")
+
+    def _size(self, encoded: SegmentationFeatures, size: Size | None) -> Size:
+        height, width = encoded.size if size is None else size
+        if height < 1 or width < 1:
+            raise UnsupportedSize("The result has at least one pixel", got=size)
+        return int(height), int(width)
+
+    @property
+    def refiner(self) -> SamDecoder:
+        """The decoder half of SAM, loaded when first used."""
+        if self._refiner[0] is None:
+            parameter = next(self.aligned.head.parameters())
+            ref = self.card.refiner or sam.DEFAULT
+            self._refiner = (sam.load(ref, device=parameter.device, dtype=torch.float32),)
+        decoder = self._refiner[0]
+        if decoder is None:
+            raise IncompatibleModel("RADSeg+ needs SAM's decoder", got=None)
+        return decoder
+
+    def _sam_embedding(self, picture: Tensor, compat: Literal["published"] | None) -> tuple[Tensor, Size]:
+        fed = frame((int(picture.shape[1]), int(picture.shape[2])), compat=compat)
+        shown = F.interpolate(picture[None], fed, mode="bilinear")
+        features = self.aligned.sam_features(self.aligned.features(to_model(shown, self.aligned)))
+        return self.refiner.embed(features)[0], fed
+
+    def _refined(
+        self, encoded: SegmentationFeatures, labels: Tensor, scores: Tensor, full: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        if encoded.embedding is None or encoded.fed is None:
+            raise InvalidConfig(
+                "Refinement needs an image that was encoded for it", got="refine=True",
+                remedy="encode(image, refine=True), then query(labels, refine=True).",
+            )
+        found = refine(labels, full, encoded.embedding[None], self.refiner, fed=encoded.fed, **options)
+        return found.labels, scores
+
+
+def default_card(aligned: AlignedBackbone) -> ModelCard:
+    """Defaults for a backbone that has no segmentation card of its own: RADSeg's for RADIO, one plain pass otherwise."""
+    radio = aligned.backbone.card.family == "radio"
+    options: dict[str, Any] = {"language": aligned.language}
+    if radio:
+        options |= {"scra": 10.0, "scga": 10.0, "crop": 336, "stride": 224, "denoise": 0.5, "refiner": sam.DEFAULT}
+    card = aligned.backbone.card
+    return ModelCard(
+        name=aligned.name, kind="segmentation", family=card.family, backbone=card.name, licence=card.licence, **options
+    )
+
+
+def _shrink(image: Tensor, longest: int) -> Tensor:
+    scale = longest / max(image.shape[1:])
+    return im.resize(image, (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[2] * scale))))
+
+
+def _aggregate(maps: list[Tensor], scaling: float, compat: Literal["published"] | None) -> list[Tensor]:
+    if compat == "published" and len({m.shape for m in maps}) == 1:
+        return list(aggregate(torch.stack(maps), scaling, compat))
+    return [aggregate(m[None], scaling)[0] for m in maps]
