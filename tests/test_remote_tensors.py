@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opsin import hub, remote_tensors
+from opsin.backbones.text import load_text
 from opsin.errors import InvalidCheckpoint, MissingFile, ModelUnavailable
 from opsin.remote_tensors import fetch_tensors, load_tensors, read_tensors
+from tests.conformance.test_text import full_model, save_tokenizer
 
 COMMIT = "c" * 40
 STATE = {
@@ -44,6 +46,7 @@ class Hub:
     sent: int = 0
     ranges: bool = True
     breaks: int = 0  # this many answers stop in the middle
+    mute: bool = False  # answers stop before the first byte
 
     def put(self, name: str, state: dict[str, torch.Tensor], folder: Path) -> None:
         save_file(state, folder / "one.safetensors")
@@ -64,10 +67,15 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body: bool) -> None:
-        name = self.path.split("?")[0].split("/resolve/")[-1].split("/", 1)[-1]
+        path = self.path.split("?")[0]
+        name = path.split("/resolve/")[-1].split("/", 1)[-1]
         wanted = self.headers.get("Range", "")
         self.hub.asked.append((self.command, name, wanted))
         data = self.hub.files.get(name)
+        if path == f"/api/models/org/repo/tree/{COMMIT}":
+            sizes = {name: len(content) for name, content in self.hub.files.items()}
+            listing = [{"type": "file", "path": name, "size": size, "oid": ""} for name, size in sizes.items()]
+            data = json.dumps(listing).encode()
         if data is None:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -91,6 +99,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.hub.breaks -= 1
                 data = data[: len(data) // 2]
                 self.close_connection = True
+            if self.hub.mute:
+                data, self.close_connection = b"", True
             self.wfile.write(data)
             self.hub.sent += len(data)
 
@@ -181,15 +191,10 @@ def test_a_broken_download_goes_on(server: Hub, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_connection_that_never_holds_is_an_error(server: Hub, tmp_path: Path):
-    server.breaks = 10**6
-
-    class Empty(dict):
-        def get(self, name: str) -> bytes:
-            return b"" if name == "model.safetensors" else dict.get(self, name)
-
-    server.files = Empty(server.files)
-    with pytest.raises((ModelUnavailable, InvalidCheckpoint)):
+    server.mute = True
+    with pytest.raises(ModelUnavailable, match="must be in the cache or reachable"):
         fetch_tensors("org/repo", "main", "model.safetensors", is_text, tmp_path / "t.safetensors")
+    assert sum(command == "GET" for command, _, _ in server.asked) == 5
 
 
 def test_a_server_without_ranges_gives_the_whole_file(server: Hub, tmp_path: Path):
@@ -260,15 +265,27 @@ def test_a_remote_repository_with_pickles_only(server: Hub, tmp_path: Path):
     del server.files["model.safetensors"]
     torch.save(STATE, tmp_path / "w.bin")
     server.files["pytorch_model.bin"] = (tmp_path / "w.bin").read_bytes()
-    hub.fetch("org/repo", "pytorch_model.bin")  # the server here has no listing of files
+    assert equal(load_tensors("hf:org/repo", is_text, part="text"), TEXT)
 
-    def resolved(ref: str) -> Path:
-        assert ref == f"hf:org/repo@{COMMIT}"
-        return hub.fetch("org/repo", "pytorch_model.bin", COMMIT).parent
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub, "resolve", resolved)
-        assert equal(load_tensors("hf:org/repo", is_text, part="text"), TEXT)
+@pytest.mark.parametrize("family", ["siglip2", "clip", "tipsv2"])
+def test_a_text_tower_from_the_hub(server: Hub, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch):
+    """Config, tokeniser and the text tensors travel, the image half does not; then offline."""
+    folder = tmp_path / "model"
+    full_model(family).save_pretrained(folder)
+    save_tokenizer(folder)
+    server.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    encoder = load_text("hf:org/repo")
+    assert encoder.name == f"hf:org/repo@{COMMIT}"
+    rows = encoder.encode(["a red cat", "dog"])
+    assert torch.equal(rows, load_text(folder).encode(["a red cat", "dog"]))
+    whole = load_file(folder / "model.safetensors")
+    image = sum(value.nbytes for name, value in whole.items() if name.startswith("vision"))
+    assert server.sent < sum(map(len, server.files.values())) - 0.9 * image
+    monkeypatch.setenv("OPSIN_OFFLINE", "1")
+    before = len(server.asked)
+    assert torch.equal(load_text("hf:org/repo").encode(["a red cat", "dog"]), rows)
+    assert len(server.asked) == before
 
 
 def test_local_folders(tmp_path: Path):

@@ -17,9 +17,10 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # A module imports from rooms of a lower level, or from its own room.
 LEVELS = (
     {"errors", "types", "geometry"},
-    {"cards", "hub", "runtime", "images", "video", "clip"},
+    {"cards", "hub", "remote_tensors", "runtime", "images", "video", "clip"},
     {"backbones"},
-    {"regions"},
+    {"regions", "segmentation"},
+    {"models"},
     {"localization"},
     {"training", "evaluation"},
     {"cli"},

@@ -90,7 +90,8 @@ def test_other_questions_are_not_confused(other: Callable, tmp_path: Path):
 
 def test_canonical_texts_share_a_row(tmp_path: Path):
     tower = Tower()
-    rows = Vocabulary(lambda: tower, "m", DIM, tmp_path, canonical=True).embed(as_labels(["traffic-light", "TrafficLight!"]))
+    vocabulary = Vocabulary(lambda: tower, "m", DIM, tmp_path, canonical=True)
+    rows = vocabulary.embed(as_labels(["traffic-light", "TrafficLight!"]))
     assert torch.equal(rows[0], rows[1])
     assert sum(map(len, tower.asked)) == 80
     assert "a bad photo of a trafficlight" in tower.asked[0]
@@ -167,22 +168,22 @@ def test_the_tower_is_kept_and_released(monkeypatch: pytest.MonkeyPatch):
 
 
 def ask(folder: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
     Vocabulary(Tower, "m", DIM, folder).embed(as_labels(names))
 
 
+@pytest.mark.slow
 def test_several_processes_at_once(tmp_path: Path):
     names = [f"label {i}" for i in range(40)]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=ask, args=(tmp_path, names[::step])) for step in (1, -1)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(120)
         assert worker.exitcode == 0
     rows = Vocabulary(never, "m", DIM, tmp_path).embed(as_labels(names))
     torch.testing.assert_close(rows[7], mean(names[7], as_labels("x").templates))
-    assert not [path for path in tmp_path.rglob(".*")], "no temporary file is left"
+    assert not list(tmp_path.rglob(".*")), "no temporary file is left"
 
 
 def test_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 >>> import opsin
 >>> model = opsin.load("opsin-tiny")
 >>> regions = model.encode("kitchen.jpg")                   # RegionTokens
+>>> words = opsin.load("radseg-b").segment("kitchen.jpg", "mug, sink, window")    # Segmentation
 >>> track = opsin.locate("kitchen.mp4", image="mug.jpg")    # Track
 
 Names are imported when they are first used: ``import opsin`` itself loads no torch.
@@ -22,9 +23,11 @@ _HOMES = {
     "Query": "opsin.types",
     "RegionModel": "opsin.regions",
     "RegionTokens": "opsin.types",
+    "Segmentation": "opsin.segmentation",
+    "Segmenter": "opsin.segmentation",
     "Track": "opsin.types",
     "TransferModel": "opsin.regions",
-    "load": "opsin.regions.load",
+    "load": "opsin.models",
     "load_backbone": "opsin.backbones",
     "locate": "opsin.localization",
     "open_video": "opsin.video",
@@ -41,7 +44,8 @@ if TYPE_CHECKING:
     from opsin.images import read_image
     from opsin.localization import locate
     from opsin.regions import RegionModel, TransferModel
-    from opsin.regions.load import load
+    from opsin.models import load
+    from opsin.segmentation import Segmentation, Segmenter
     from opsin.types import FeatureMap, Query, RegionTokens, Track
     from opsin.video import open_video
 

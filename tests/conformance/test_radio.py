@@ -131,7 +131,7 @@ def test_everything_is_read_off_keys_and_shapes() -> None:
     card = backbone.card
     assert card.mean == pytest.approx((0.4, 0.5, 0.6))
     assert card.std == pytest.approx((0.2, 0.3, 0.25))
-    assert card.adaptors == ("sam", "siglip2", "siglip2-g")
+    assert card.adaptors == ("siglip2", "siglip2-g", "sam")
     assert card.text == "hf:google/siglip2-so400m-patch16-naflex"
     assert backbone.adaptor("siglip2-g").text == "hf:google/siglip2-giant-opt-patch16-384"
     assert [backbone.adaptor(name).token for name in ("siglip2", "siglip2-g", "sam")] == [1, 2, 3]
@@ -256,6 +256,9 @@ def test_a_torn_parametrisation_is_refused() -> None:
     state[f"{key}.parametrizations.weight.original"] = state.pop(f"{key}.weight")
     with pytest.raises(InvalidCheckpoint, match="_u"):
         memory(state)
+    state |= {f"{key}.parametrizations.weight.0.{name}": torch.ones(5) for name in ("_u", "_v")}
+    with pytest.raises(InvalidCheckpoint, match=key):
+        memory(state)
 
 
 # ------------------------------------------------------------------------------------------------------ adaptors
@@ -336,6 +339,7 @@ def test_attention_adaptor() -> None:
         ({**mlp2(8, 4), "extra.weight": torch.zeros(1)}, None, "unexpected: extra.weight"),
         ({**mlp2(8, 4), "final.0.bias": torch.zeros(3)}, None, "wrong shape: final.0.bias"),
         ({k: v for k, v in attn(16, 4).items() if not k.startswith("mlp.fc1")}, None, "fc1.weight"),
+        (attn(8, 4), None, "8 channels in 16 heads"),
     ],
 )
 def test_bad_adaptors(state: dict[str, Tensor], version: str | None, message: str) -> None:
@@ -479,6 +483,8 @@ def test_catalogue_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert backbone.card.licence == card.licence
     assert backbone.card.image_size == 512
     assert backbone.card.adaptors == ("siglip2",)  # what is there, not what was announced
+    backbone.save_pretrained(tmp_path / "saved")
+    assert backbones.load(tmp_path / "saved", device="cpu").card == backbone.card
     (tmp_path / find("c-radio_v3-l").files[0]).write_bytes((tmp_path / card.files[0]).read_bytes())
     with pytest.raises(InvalidCheckpoint, match="c-radio_v3-l have"):
         backbones.load("c-radio_v3-l", device="cpu")
@@ -540,7 +546,7 @@ def test_a_checkpoint_that_would_run_code(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InvalidCheckpoint, match="only tensors"):
         backbones.load(path)
     plain = tmp_path / "plain.pth.tar"
-    plain.write_bytes(pickle.dumps(Malicious()))
+    plain.write_bytes(pickle.dumps(Malicious(), protocol=2))
     with pytest.raises(InvalidCheckpoint):
         backbones.load(plain)
     assert not (tmp_path / "executed").exists()

@@ -25,8 +25,8 @@ from opsin.errors import (
     UnknownModel,
 )
 
-WORDS = ["a", "photo", "of", "the", "red", "traffic", "light", "trafficlight", "cat", "dog", "in", "bad", ".", ",", "Cat", "many", "very", "long"]
-TEXTS = ["a photo of the red cat.", "dog", "A bad photo of a traffic-light, in the dog", "", "kitten " * 100]
+WORDS = ["a", "photo", "of", "the", "red", "traffic", "light", "trafficlight", "cat", "dog", "in", ".", ",", "Cat"]
+TEXTS = ["a photo of the red cat.", "dog", "A red photo of a traffic-light, in the dog", "", "kitten " * 100]
 TEXT = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "vocab_size": 40, "max_position_embeddings": 12, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
@@ -124,7 +124,8 @@ def test_equals_the_full_model(family: str, saved: dict[str, tuple[Path, Any]]):
     names = {name.removeprefix("text_model.") for name, _ in encoder.model.named_parameters()}
     owned = {name.removeprefix("text_model.") for name, _ in model.named_parameters() if name.startswith("text_")}
     assert names == owned, "the text half and no more"
-    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder.training
+    assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder.train().model.training
 
 
@@ -155,7 +156,7 @@ def test_dtypes(family: str, saved: dict[str, tuple[Path, Any]]):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_shards_with_text_are_opened(family: str, saved: dict[str, tuple[Path, Any]], tmp_path: Path):
-    folder, model = saved[family]
+    folder = saved[family][0]
     state = load_file(folder / "model.safetensors")
     text = {key: value for key, value in state.items() if key.startswith("text")}
     halves = list(text)[::2], list(text)[1::2]
@@ -175,7 +176,7 @@ def test_only_shards_with_text_are_opened(family: str, saved: dict[str, tuple[Pa
 
 @pytest.mark.parametrize("family", ["siglip2", "clip", "tipsv2"])
 def test_a_text_tower_saved_alone(family: str, saved: dict[str, tuple[Path, Any]], tmp_path: Path):
-    folder, model = saved[family]
+    folder = saved[family][0]
     encoder = load_text(folder)
     encoder.model.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -280,7 +281,7 @@ def test_refused_weights(saved: dict[str, tuple[Path, Any]], tmp_path: Path):
         save_file(values, folder / "model.safetensors")
         return load_text(folder)
 
-    with pytest.raises(InvalidCheckpoint, match="missing: encoder.layers.1.mlp.fc1.weight"):
+    with pytest.raises(InvalidCheckpoint, match=r"missing: encoder\.layers\.1\.mlp\.fc1\.weight"):
         load_with({key: value for key, value in state.items() if key != name})
     with pytest.raises(InvalidCheckpoint, match="unexpected: other"):
         load_with(state | {"text_model.other": torch.ones(2)})

@@ -207,7 +207,7 @@ def _network(state: Mapping[str, Tensor], version: str | None, upsample: int, wh
         with torch.device("meta"):
             module = _build(state, kind, upsample)
     except (KeyError, ValueError) as error:
-        raise InvalidCheckpoint(f"{what.capitalize()} of an adaptor must be whole", got=f"no {error}") from error
+        raise InvalidCheckpoint(f"{what.capitalize()} of an adaptor must be whole", got=f"{error}") from error
     check_keys(state, {key: value.shape for key, value in module.state_dict().items()}, f"{what} of an adaptor")
     module.load_state_dict(dict(state), assign=True)
     return module
@@ -219,6 +219,8 @@ def _build(state: Mapping[str, Tensor], kind: str, upsample: int) -> nn.Module:
         blocks = []
         for index in range(_count(state, "blocks.{}.attn.qkv.weight")):
             hidden, dim = state[f"blocks.{index}.mlp.fc1.weight"].shape
+            if dim % ATTENTION_HEADS:
+                raise ValueError(f"{dim} channels in {ATTENTION_HEADS} heads")
             options = {
                 "bias": f"blocks.{index}.attn.qkv.bias" in state,
                 "scale": f"blocks.{index}.ls1.gamma" in state,

@@ -60,7 +60,7 @@ def load(
         inner = folder / "backbone" if card.backbone == "backbone" else card.backbone
         return load(inner, device=device, dtype=dtype)
     target = resolve_device(device)
-    if card is not None and card.family == "radio" and card.files:
+    if card is not None and card.family == "radio" and any((folder / name).is_file() for name in card.files):
         folder = radio_checkpoint.cached(folder / card.files[0])
     values = _read_json(folder / "config.json")
     if radio_checkpoint.is_radio(values):

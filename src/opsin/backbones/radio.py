@@ -90,7 +90,7 @@ class RadioBackbone(Backbone):
         version = None if table.is_inference() else table._version
         address = None if table.device.type == "meta" else table.data_ptr()
         stamp = (address, version, table.dtype, table.device)
-        if stamp != self._stamp or len(self._positions) >= _GRIDS and grid not in self._positions:
+        if stamp != self._stamp or (len(self._positions) >= _GRIDS and grid not in self._positions):
             self._stamp, self._positions = stamp, {}
         found = self._positions.get(grid)
         if found is None:

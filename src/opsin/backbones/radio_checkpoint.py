@@ -186,15 +186,15 @@ def load(folder: Path, values: Mapping[str, Any], known: ModelCard | None, name:
 
 
 def card(config: RadioConfig, adaptors: Mapping[str, Mapping[str, Any]], name: str) -> ModelCard:
-    """What config and adaptors tell of a model. The SigLIP tower goes before the CLIP one where there are both."""
-    towers = {key: parts["text"] for key, parts in adaptors.items() if parts["text"]}
-    first = min(towers, key=lambda key: not key.startswith("siglip"), default="")
+    """What config and adaptors tell of a model. SigLIP goes before CLIP where there are both."""
+    names = sorted(adaptors, key=lambda key: (not key.startswith("siglip"), key))
+    text = next((adaptors[key]["text"] for key in names if adaptors[key]["text"]), "")
     mean: Any = tuple(config.norm_mean)
     std: Any = tuple(config.norm_std)
     return ModelCard(
         name=name, kind="backbone", family="radio", dim=config.hidden_size, patch_size=config.patch_size,
         image_size=config.image_size // config.patch_size * config.patch_size, mean=mean, std=std,
-        adaptors=tuple(sorted(adaptors)), text=towers.get(first, ""),
+        adaptors=tuple(names), text=text,
     )  # fmt: skip
 
 
@@ -212,15 +212,16 @@ def fold(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise InvalidCheckpoint("A parametrised weight has its original", got=f"none of {name}")
         original = parts["original"]
         weight = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
-        for path in (key.removesuffix(".scale") for key in parts if key.endswith(".scale")):
-            rows = weight.chunk(3)[int(path.rsplit(".", 1)[1])] if "." in path else weight
-            try:
+        try:
+            for path in (key.removesuffix(".scale") for key in parts if key.endswith(".scale")):
+                rows = weight.chunk(3)[int(path.rsplit(".", 1)[1])] if "." in path else weight
                 u, v, scale = (parts[f"{path}.{key}"].to(weight.dtype) for key in ("_u", "_v", "scale"))
-            except KeyError as error:
-                raise InvalidCheckpoint("A spectral parametrisation is whole", got=f"no {error} of {name}") from error
-            version = int(parts.get(f"{path}._sn_version", torch.tensor(1)))
-            gain = scale if version < 2 else F.softplus(scale) + 0.05
-            rows.mul_(gain.reshape(()) / (u @ rows.flatten(1) @ v))
+                version = int(parts.get(f"{path}._sn_version", torch.tensor(1)))
+                gain = scale if version < 2 else F.softplus(scale) + 0.05
+                rows.mul_(gain.reshape(()) / (u @ rows.flatten(1) @ v))
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
+            got = f"{name}: {error}".splitlines()[0]
+            raise InvalidCheckpoint("A spectral parametrisation is whole", got=got) from error
         plain[f"{name}.weight"] = weight.to(original.dtype)
     return plain
 

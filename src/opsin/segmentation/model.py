@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,10 @@ from opsin.segmentation import prediction, sam
 from opsin.segmentation.aggregation import aggregate
 from opsin.segmentation.aligned import AlignedBackbone
 from opsin.segmentation.labels import Labels, as_labels
-from opsin.segmentation.refine import frame, refine
+from opsin.segmentation.refine import Refinement, frame, refine
 from opsin.segmentation.result import Segmentation
+from opsin.segmentation.sam import SamDecoder
 from opsin.segmentation.windows import sliding_features
-
-if TYPE_CHECKING:
-    from opsin.segmentation.sam import SamDecoder
 
 Words = str | Sequence[str] | Mapping[str, Sequence[str]] | Labels
 # What competes with a single label when nothing else is named: the canonical phrases of LERF (arXiv 2303.09553).
@@ -77,7 +75,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.aligned = aligned
         self.card = card
-        self._refiner = (refiner,)  # in a tuple: not a part of the weights
+        self._refiner = refiner
 
     @classmethod
     def from_pretrained(
@@ -223,10 +221,11 @@ class Segmenter(nn.Module):
         result, scores = found.labels, found.scores
         if refine:
             full = prediction.enlarge(grid, (height, width), found.kept)
-            result, scores = self._refined(
-                encoded, result, scores, full, coarse_threshold=coarse_threshold, min_area=min_area,
-                iou=iou_threshold, compat=compat,
-            )  # fmt: skip
+            result = self.refined(
+                encoded, result, full, coarse_threshold=coarse_threshold, min_area=min_area, iou=iou_threshold,
+                compat=compat,
+            ).labels  # fmt: skip
+            scores = full.gather(0, result.clamp(min=0)[None])[0] * (result >= 0)
         result = torch.where(result >= len(wanted), prediction.UNKNOWN, result)  # the background phrases
         best = grid[: len(wanted)].flatten(1).amax(1)
         return Segmentation(result, scores, wanted.classes, best, self.name, other)
@@ -299,14 +298,14 @@ class Segmenter(nn.Module):
     @property
     def refiner(self) -> SamDecoder:
         """The decoder half of SAM, loaded when first used."""
-        if self._refiner[0] is None:
-            parameter = next(self.aligned.head.parameters())
-            ref = self.card.refiner or sam.DEFAULT
-            self._refiner = (sam.load(ref, device=parameter.device, dtype=torch.float32),)
-        decoder = self._refiner[0]
-        if decoder is None:
-            raise IncompatibleModel("RADSeg+ needs SAM's decoder", got=None)
-        return decoder
+        if self._refiner is None:
+            device = next(self.aligned.head.parameters()).device
+            self._refiner = sam.load(self.card.refiner or sam.DEFAULT, device=device)
+        return self._refiner
+
+    @refiner.setter
+    def refiner(self, decoder: SamDecoder) -> None:
+        self._refiner = decoder
 
     def _sam_embedding(self, picture: Tensor, compat: Literal["published"] | None) -> tuple[Tensor, Size]:
         fed = frame((int(picture.shape[1]), int(picture.shape[2])), compat=compat)
@@ -314,16 +313,14 @@ class Segmenter(nn.Module):
         features = self.aligned.sam_features(self.aligned.features(to_model(shown, self.aligned)))
         return self.refiner.embed(features)[0], fed
 
-    def _refined(
-        self, encoded: SegmentationFeatures, labels: Tensor, scores: Tensor, full: Tensor, **options: Any
-    ) -> tuple[Tensor, Tensor]:
+    def refined(self, encoded: SegmentationFeatures, labels: Tensor, full: Tensor, **options: Any) -> Refinement:
+        """RADSeg+ on a prediction, ``labels (H, W)`` and probabilities ``full (C, H, W)``; options of ``refine``."""
         if encoded.embedding is None or encoded.fed is None:
             raise InvalidConfig(
                 "Refinement needs an image that was encoded for it", got="refine=True",
                 remedy="encode(image, refine=True), then query(labels, refine=True).",
             )
-        found = refine(labels, full, encoded.embedding[None], self.refiner, fed=encoded.fed, **options)
-        return found.labels, scores
+        return refine(labels, full, encoded.embedding[None], self.refiner, fed=encoded.fed, **options)
 
 
 def default_card(aligned: AlignedBackbone) -> ModelCard:
