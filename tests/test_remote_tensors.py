@@ -108,6 +108,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def use_port(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    from huggingface_hub import constants
+
+    endpoint = f"http://127.0.0.1:{port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+
+
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     from huggingface_hub import constants
@@ -121,9 +129,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("OPSIN_CACHE", str(tmp_path / "opsin"))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    endpoint = f"http://127.0.0.1:{web.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    use_port(monkeypatch, web.server_port)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -282,8 +288,11 @@ def test_a_text_tower_from_the_hub(server: Hub, tmp_path: Path, family: str, mon
     whole = load_file(folder / "model.safetensors")
     image = sum(value.nbytes for name, value in whole.items() if name.startswith("vision"))
     assert server.sent < sum(map(len, server.files.values())) - 0.9 * image
-    monkeypatch.setenv("OPSIN_OFFLINE", "1")
     before = len(server.asked)
+    with monkeypatch.context() as patch:
+        patch.setenv("OPSIN_OFFLINE", "1")
+        assert torch.equal(load_text("hf:org/repo").encode(["a red cat", "dog"]), rows)
+    use_port(monkeypatch, 9)  # there is no network, and nobody has said so
     assert torch.equal(load_text("hf:org/repo").encode(["a red cat", "dog"]), rows)
     assert len(server.asked) == before
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,14 +57,16 @@ def load_tensors(ref: str | Path, wanted: Wanted, *, part: str) -> dict[str, Ten
     return tensors
 
 
-def commit_of(repo: str, revision: str) -> str:
-    """The commit that a branch or tag stands for now; offline, what it stood for when files were last downloaded."""
+def commit_of(repo: str, revision: str, files: Sequence[str] = ("config.json", "model*.safetensors*")) -> str:
+    """The commit that a branch or tag stands for now; offline, what it stood for when files were last downloaded.
+
+    ``files`` are what the error names that is raised when there are none: ``ModelUnavailable``.
+    """
     try:
         return hub.fetch(repo, "config.json", revision).parent.name
     except ModelUnavailable as error:
         if not hub.is_offline():
             raise
-        files = ("config.json", "model*.safetensors*")
         got = f"the network is switched off (offline mode) and not in the cache: {', '.join(files)}"
         raise hub._unavailable(repo, revision, files, got) from error
 
@@ -141,18 +143,19 @@ def _local_files(folder: Path, wanted: Wanted) -> list[Path]:
 
 def _remote_files(repo: str, revision: str, wanted: Wanted, part: str) -> list[Path]:
     revision = commit_of(repo, revision)  # all files come from the same one
-    single = "model.safetensors"
 
-    def fetch(name: str) -> Path:
-        return fetch_tensors(repo, revision, name, wanted, _target(repo, revision, part, name))
+    def target(name: str) -> Path:
+        return hub.cache_dir() / "tensors" / repo.replace("/", "--") / revision / f"{part}-{name}"
 
+    names = ["model.safetensors"]
+    if not target(names[0]).is_file():
+        try:
+            names = _shards(hub.fetch(repo, _INDEX, revision), wanted)
+        except ModelUnavailable as error:
+            if not (_is_absent(error) or hub.is_offline()):
+                raise
     try:
-        return [fetch(name) for name in _shards(hub.fetch(repo, _INDEX, revision), wanted)]
-    except ModelUnavailable as error:
-        if not (_is_absent(error) or hub.is_offline()):
-            raise
-    try:
-        return [fetch(single)]
+        return [fetch_tensors(repo, revision, name, wanted, target(name)) for name in names]
     except ModelUnavailable as error:
         if not _is_absent(error):
             raise
@@ -165,10 +168,6 @@ def _is_absent(error: ModelUnavailable) -> bool:
 
     cause = error.__cause__
     return isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError)
-
-
-def _target(repo: str, revision: str, part: str, name: str) -> Path:
-    return hub.cache_dir() / "tensors" / repo.replace("/", "--") / revision / f"{part}-{name}"
 
 
 def _shards(index: Path, wanted: Wanted) -> list[str]:

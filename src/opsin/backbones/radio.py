@@ -102,7 +102,7 @@ class RadioBackbone(Backbone):
         with hub.atomic_path(folder) as temporary:
             self.model._weight_conversions = []  # keep the names of transformers, not those of the Hub repositories
             super().save_pretrained(temporary)
-            for name in self.card.adaptors:
+            for name in dict.fromkeys([*self.card.adaptors, *self.adaptors]):
                 path = adaptor_file(temporary, name)
                 if name in self.adaptors:
                     adaptor: Any = self.adaptors[name]
@@ -135,7 +135,7 @@ def interpolate_positions(table: Tensor, grid: Size) -> Tensor:
     dtype = table.dtype if table.dtype == torch.float64 else torch.float32
     cells = table.to(dtype).reshape(1, side, side, -1).permute(0, 3, 1, 2)
     cells = F.interpolate(cells, size=(max(grid), max(grid)), mode="bilinear", align_corners=False)
-    return cells[..., : grid[0], : grid[1]].flatten(2).transpose(1, 2).to(table.dtype)
+    return cells[..., : grid[0], : grid[1]].flatten(2).transpose(1, 2).to(table.dtype).contiguous()
 
 
 def adaptor_file(folder: Path, name: str) -> Path:

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from opsin import hub
-from opsin.backbones.text_loading import FAMILIES, build, files_of, read_json, settings_of, text_config, tokenizer_of
+from opsin.backbones.text_loading import (
+    FAMILIES,
+    FILES,
+    build,
+    files_of,
+    read_json,
+    settings_of,
+    text_config,
+    tokenizer_of,
+)
 from opsin.errors import IncompatibleModel, InvalidConfig, InvalidPrompt
 from opsin.remote_tensors import commit_of, load_tensors
 from opsin.runtime import in_batches, resolve_device, resolve_dtype
@@ -194,5 +203,5 @@ def _pinned(ref: str | Path) -> str | Path:
         ref = f"hf:{card.repo}@{card.revision}"
     if isinstance(ref, str) and ref.startswith("hf:"):
         repo, revision = hub.parse_hf(ref)
-        return f"hf:{repo}@{commit_of(repo, revision)}"
+        return f"hf:{repo}@{commit_of(repo, revision, FILES)}"
     return ref

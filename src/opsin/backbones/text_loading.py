@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
+FILES = ("config.json", "*token*", "model*.safetensors*")  # what a text tower is made from
+
 
 @dataclass(frozen=True)
 class Family:
@@ -46,7 +48,7 @@ def files_of(ref: str | Path) -> Path:
     """The folder with config and tokeniser of a folder or a pinned repository, downloaded when not there."""
     if not (isinstance(ref, str) and ref.startswith("hf:")):
         return hub.resolve(ref)
-    folder = hub.resolve(ref, files=("config.json", "*token*"))
+    folder = hub.resolve(ref, files=FILES[:2])
     if not (folder / "tokenizer.json").is_file():
         repo, revision = hub.parse_hf(ref)
         for name in ("vocab.json", "merges.txt", "spiece.model"):
