@@ -68,7 +68,11 @@ def test_every_entry_is_complete(card: ModelCard) -> None:
     if card.kind == "backbone":
         assert card.repo
         assert card.parameters > 1e6
-        assert all(0 < value < 1 for value in (*card.mean, *card.std))
+        assert all(0 <= value < 1 for value in card.mean)
+        assert all(0 < value <= 1 for value in card.std)
+    elif card.kind == "segmentation":
+        assert find(card.backbone).kind == "backbone"
+        assert 0 <= card.denoise < 1
     else:
         assert card.grid_size > 0
         assert 0 < card.threshold < 1

@@ -6,6 +6,7 @@ Small trees are drawn in each data set's layout; models are stand-ins that read 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
+from opsin.cards import ModelCard
 from opsin.cli import eval_segmentation as verb
 from opsin.errors import IncompatibleModel, InputError, InvalidConfig, InvalidDataset, MissingFile
 from opsin.evaluation import segmentation, segmentation_data
 from opsin.evaluation.protocols import PROTOCOLS, Protocol, protocol
 from opsin.evaluation.segmentation_data import DATASETS, IGNORED, class_names, read
+from opsin.segmentation import AlignedBackbone, Segmenter
+from opsin.segmentation.model import default_card
+from tests.conformance import aligned_tiny
 
 STEP = 3  # red of a drawn picture is STEP × (class + 1)
 
@@ -28,10 +33,9 @@ class Features:
     def __init__(self, image, model):
         self.image, self.model = image, model
 
-    def query(self, labels, *, size, denoise=None, compat=None, refine=None):
-        self.model.asked.append(
-            {"labels": labels, "size": size, "denoise": denoise, "compat": compat, "refine": refine}
-        )
+    def query(self, labels, *, size=None, denoise=None, refine=False, coarse_threshold=0.1, compat=None):
+        asked = {"labels": labels, "size": size, "denoise": denoise, "refine": refine}
+        self.model.asked.append({**asked, "coarse": coarse_threshold, "compat": compat})
         return SimpleNamespace(labels=self.model.answer(self.image, size))
 
 
@@ -39,11 +43,15 @@ class Oracle:
     """Reads the class of every pixel off the red channel; 0 is unknown."""
 
     name = "oracle"
+    card = ModelCard("oracle", "segmentation", "none", crop=336, stride=224)
 
     def __init__(self, stop_after=None):
         self.asked, self.encoded, self.stop_after = [], [], stop_after
 
-    def encode(self, images, *, crop=None, stride=None, refine=False):
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def encode(self, images, *, crop=None, stride=None, refine=False, compat=None):
         if len(self.encoded) == self.stop_after:
             raise KeyboardInterrupt
         self.encoded.append({"shape": tuple(images[0].shape), "crop": crop, "stride": stride, "refine": refine})
@@ -476,7 +484,7 @@ def test_what_the_model_is_asked(data):
     asked = model.asked[0]
     assert asked["labels"] == {"a": ["a"], "b": ["b"], "c": ["c"], "d": ["d"]}
     assert (asked["size"], asked["denoise"], asked["compat"]) == ((8, 10), 0.5, "published")
-    assert asked["refine"] == {"coarse_threshold": 0.05}
+    assert (asked["refine"], asked["coarse"]) == (True, 0.05)
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])
@@ -579,6 +587,31 @@ def test_a_measured_image_beats_a_skipped_one_in_any_order(tmp_path, data):
     run(Oracle(), data, paths[1], shard=(1, 7))
     for order in (paths, paths[::-1]):
         assert segmentation.summarize(*segmentation.merge(order))["complete"]
+
+
+def test_a_real_segmenter_with_random_weights(data, monkeypatch):
+    aligned = AlignedBackbone(aligned_tiny.radio("siglip2"), "siglip2").eval()
+    model = Segmenter(aligned, default_card(aligned))
+    words = torch.randn(4, 24, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Segmenter, "embed", lambda self, labels: words[: len(labels.texts)])
+    way, sample = protocol("radseg-low", "folder"), data.samples[0]
+    header = segmentation.header_of(model.name, data, way)
+    entries = segmentation.evaluate(model, data, way, header, shard=(1, 7))
+    truth = sample.labels()
+    direct = model.segment(
+        way.show(sample.image()), list("abcd"), crop=224, stride=112, size=tuple(truth.shape), denoise=0.5
+    )
+    wanted = segmentation.confusion(direct.labels, truth, 4)
+    assert len(direct.labels.unique()) > 1
+    assert sum(entries["0"]["n"]) == (truth >= 0).sum()
+    assert np.array_equal(segmentation._dense(entries["0"], 4), wanted)
+
+
+def test_stand_ins_take_what_the_real_one_takes():
+    for name, stand_in in (("encode", Oracle.encode), ("query", Features.query)):
+        real = inspect.signature(getattr(Segmenter, name)).parameters
+        ours = inspect.signature(stand_in).parameters
+        assert set(ours) - {"self", "labels"} <= set(real), name
 
 
 # ------------------------------------------------------------------------------------------------------- the command

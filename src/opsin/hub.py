@@ -93,8 +93,8 @@ def resolve(ref: str | Path, *, files: Sequence[str] | None = None) -> Path:
     card = find(value)
     if card.embedded:
         return _local(WEIGHTS / card.name, files or ())
-    if card.regions and not card.source:
-        return resolve(card.regions, files=files)
+    if not card.source and (card.regions or card.kind == "segmentation"):
+        return resolve(card.regions or card.backbone, files=files)
     wanted = files or card.files
     if card.sha256 and len(card.files) == 1 and not files:
         return fetch(card.repo, card.files[0], card.revision, card.sha256, card=card).parent
@@ -131,7 +131,8 @@ def is_cached(card: ModelCard) -> bool:
     if card.embedded:
         return True
     if not card.repo:
-        return all(is_cached(find(name)) for name in (card.regions, card.tokens) if name)
+        parts = (card.backbone,) if card.kind == "segmentation" else (card.regions, card.tokens)
+        return all(is_cached(find(name)) for name in parts if name)
 
     def have(name: str) -> bool:
         return isinstance(try_to_load_from_cache(card.repo, name, revision=card.revision), str)

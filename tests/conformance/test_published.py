@@ -317,11 +317,15 @@ SIZES = {
     "dinov2-s": (384, 12, 6, 1536), "dinov2-b": (768, 12, 12, 3072), "dinov2-l": (1024, 24, 16, 4096),
     "dinov2-g": (1536, 40, 24, 6144),
     "dinov3-s": (384, 12, 6, 1536), "dinov3-b": (768, 12, 12, 3072), "dinov3-l": (1024, 24, 16, 4096),
-    "openclip-g": (1408, 40, 16, 6144),
+    "openclip-g": (1408, 40, 16, 6144), "clip-b": (768, 12, 12, 3072), "clip-l": (1024, 24, 16, 4096),
     "siglip2-b": (768, 12, 12, 3072), "siglip2-l": (1024, 24, 16, 4096), "siglip2-so": (1152, 27, 16, 4304),
     "siglip2-g": (1536, 40, 16, 6144),
 }  # fmt: skip
-BACKBONES = [card for card in catalogue().values() if card.kind == "backbone" and not card.embedded]
+OWN_TESTS = ("radio", "tipsv2")
+BACKBONES = [
+    card for card in catalogue().values()
+    if card.kind == "backbone" and not card.embedded and card.family not in OWN_TESTS
+]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -644,12 +644,28 @@ def test_catalogue_entries() -> None:
         assert bool(card.text) == bool({"siglip", "siglip2", "siglip2-g"} & set(card.adaptors))
 
 
-@pytest.mark.parametrize(
-    ("name", "depth", "hidden", "prefix"),
-    [("c-radio_v3-b", 12, 3072, 8), ("c-radio_v3-g", 40, 6144, 8), ("c-radio_v4-so400m", 27, 4304, 10)],
-)
-def test_parameters_of_the_catalogue(name: str, depth: int, hidden: int, prefix: int) -> None:
-    dim = find(name).dim
-    attention, mlp = 4 * (dim * dim + dim), 2 * dim * hidden + dim + hidden
-    per_block = attention + mlp + 4 * dim + 2 * dim
-    assert find(name).parameters == depth * per_block + dim * (3 * 16 * 16 + 128 * 128 + prefix)
+BLOCKS = {768: (12, 12, 4), 1024: (24, 16, 4), 1152: (27, 16, 4304 / 1152), 1280: (32, 16, 4), 1536: (40, 24, 4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, card in catalogue().items() if card.family == "radio"])
+def test_catalogue_facts_fit_networks_of_the_published_size(name: str) -> None:
+    """Width, patch, parameters and grid, on the meta device: nothing is downloaded and nothing allocated."""
+    card = find(name)
+    depth, heads, ratio = BLOCKS[card.dim]
+    tokens = 10 if "_v4" in name or "vlm" in name else 8
+    config = {
+        "model_type": "radio", "hidden_size": card.dim, "num_hidden_layers": depth, "num_attention_heads": heads,
+        "mlp_ratio": float(ratio), "use_swiglu_ffn": name in ("c-radio_v2-g", "radio_v2.5-g"),
+        "patch_size": card.patch_size, "image_size": card.image_size, "max_img_size": 128 * card.patch_size,
+        "num_cls_tokens": 4, "num_registers": tokens - 4,
+    }  # fmt: skip
+    backbone = backbones.from_config(config, mean=card.mean, std=card.std, device="meta")
+    found = backbone.card
+    facts = (card.family, card.dim, card.patch_size, card.image_size, card.parameters, card.mean, card.std)
+    expected = (found.family, found.dim, found.patch_size, found.image_size, found.parameters, found.mean, found.std)
+    assert facts == expected
+    grid = card.image_size // card.patch_size
+    out = backbone(torch.empty(1, 3, card.image_size, card.image_size, device="meta"))
+    assert out.features.shape == (1, card.dim, grid, grid)
+    assert out.register_tokens.shape == (1, tokens - 1, card.dim)

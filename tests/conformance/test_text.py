@@ -95,7 +95,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any
         folder = tmp_path_factory.mktemp(family)
         model = full_model(family)
         model.save_pretrained(folder)
-        save_tokenizer(folder, lower=family in ("clip", "tipsv2"))
+        save_tokenizer(folder, lower=family in ("clip", "tipsv2"))  # these files say so themselves
         made[family] = (folder, model)
     return made
 
@@ -199,7 +199,7 @@ def test_how_texts_are_prepared(saved: dict[str, tuple[Path, Any]], tmp_path: Pa
         canonical.encode(["The RED traffic-light!"]), expected("siglip2", model, ["the red trafficlight"])
     )
     assert not torch.equal(plain.encode(["traffic-light"]), plain.encode(["trafficlight"]))
-    assert load_text(saved["clip"][0]).prepare("A Traffic-Light.") == "A Traffic-Light."
+    assert load_text(saved["clip"][0]).prepare("A Traffic-Light.") == "a traffic-light."
     ids, mask = load_text(saved["tipsv2"][0]).tokenize(["cat", "a photo of the cat"])
     assert ids.shape == mask.shape == (2, 6)
     assert mask.tolist() == [[1, 1, 0, 0, 0, 0], [1] * 6]
@@ -224,6 +224,19 @@ def test_the_end_of_text_is_added_where_the_file_leaves_it_to_the_settings(saved
     folder = link(saved["siglip2"][0], tmp_path / "m")
     save_tokenizer(folder, ends=False, add_eos_token=True)
     assert torch.equal(load_text(folder).encode(TEXTS), load_text(saved["siglip2"][0]).encode(TEXTS))
+
+
+def test_a_tokeniser_saved_by_transformers(saved: dict[str, Any], tmp_path: Path):
+    from transformers import PreTrainedTokenizerFast
+
+    source = saved["siglip2"][0]
+    folder = link(source, tmp_path / "m", "tokenizer_config.json")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(source / "tokenizer.json")), pad_token="<pad>", eos_token="<eos>",
+        padding_side="left",
+    )  # fmt: skip
+    made.save_pretrained(folder)
+    assert torch.equal(load_text(folder).encode(TEXTS), load_text(source).encode(TEXTS))
 
 
 def test_clip_without_tokenizer_json(saved: dict[str, tuple[Path, Any]], tmp_path: Path):
@@ -252,6 +265,9 @@ def test_refused_files(saved: dict[str, tuple[Path, Any]], tmp_path: Path):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(InvalidCheckpoint, match="tokeniser"):
         load_text(folder)
+    save_tokenizer(folder, ends=False, add_eos_token=True, eos_token="<absent>")
+    with pytest.raises(InvalidCheckpoint, match="tokeniser"):
+        load_text(folder)
     save_tokenizer(folder, pad_token=None)
     with pytest.raises(InvalidCheckpoint, match="padded"):
         load_text(folder)
@@ -266,6 +282,9 @@ def test_refused_files(saved: dict[str, tuple[Path, Any]], tmp_path: Path):
     folder = link(source, tmp_path / "e")
     (folder / "config.json").write_text("[]")
     with pytest.raises(InvalidCheckpoint, match="JSON object"):
+        load_text(folder)
+    (folder / "config.json").write_text('{"model_type": "clip", "text_config": {"hidden_size": "wide"}}')
+    with pytest.raises(InvalidCheckpoint, match="describe the model"):
         load_text(folder)
     (folder / "config.json").write_text('{"model_type": "dinov2"}')
     with pytest.raises(InvalidConfig, match=r'clip, siglip, siglip2, tipsv2; got "dinov2"'):

@@ -24,6 +24,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dinov2": {**_DINOV2, "image_size": 42, "patch_size": 14},
     "dinov2_with_registers": {**_DINOV2, "image_size": 42, "patch_size": 14, "num_register_tokens": 4},
     "dinov3_vit": {**_VIT, "image_size": 32, "patch_size": 8, "num_register_tokens": 3},
+    "tipsv2_vision_model": {**_DINOV2, "image_size": 42, "patch_size": 14},
+    "radio": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2.0, "patch_size": 8,
+        "max_img_size": 64, "num_cls_tokens": 2, "num_registers": 3,
+    },
     "clip_vision_model": {**_VIT, "image_size": 42, "patch_size": 14},
     "siglip_vision_model": {**_VIT, "image_size": 32, "patch_size": 8},
     "resnet": {**_STAGES, "embedding_size": 8, "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]},
@@ -41,8 +46,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bit": {**_STAGES, "embedding_size": 8, "hidden_sizes": [32, 64, 96, 128], "num_groups": 8},
 }  # fmt: skip
 
-CLASS_TOKEN = {"vit", "deit", "vit_msn", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model"}
-REGISTERS = {"deit": 1, "dinov2_with_registers": 4, "dinov3_vit": 3}  # DeiT: its distillation token
+CLASS_TOKEN = {
+    "vit", "deit", "vit_msn", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "tipsv2_vision_model",
+    "radio",
+}  # fmt: skip
+REGISTERS = {"deit": 1, "dinov2_with_registers": 4, "dinov3_vit": 3, "tipsv2_vision_model": 1, "radio": 4}  # DeiT: its distillation token
 FIXED_SIZE = {"hiera"}
 
 

@@ -121,7 +121,7 @@ class TextEncoder(nn.Module):
             return canonicalize(text)
         if self._case == "bare":
             return " ".join(text.lower().translate(_PUNCTUATION).split())
-        return text.lower() if self._case == "lower" else text
+        return text.lower()
 
     def extra_repr(self) -> str:
         """Name and sizes."""
@@ -140,8 +140,8 @@ def load_text(
     Args:
         ref: ``"hf:org/repo@revision"``, ``"dir:path"``, a folder, or a catalogue name, which gives the tower that
             belongs to those weights. Of the repository, only config, tokeniser and the text tensors are downloaded.
-        canonical: prepare texts by :func:`canonicalize`, as for RADIO's SigLIP 2 adaptors. Otherwise as the model was
-            trained: SigLIP 2 in lower case, SigLIP also without punctuation; CLIP's and TIPSv2's tokenisers do it.
+        canonical: prepare texts by :func:`canonicalize`, as for RADIO's SigLIP 2 adaptors. Otherwise they are put into
+            lower case, as in the training of all of these, and for the first SigLIP lose their punctuation.
         device: by default the machine's accelerator, else the CPU.
         dtype: by default float32; ``"auto"`` is bfloat16 where the hardware has it.
 
@@ -170,9 +170,9 @@ def load_text(
         setattr(config, family.width, tensors[family.head].shape[0])  # some configs state another one
     target = resolve_device(device)
     model = build(family, config, tensors, resolve_dtype(dtype, target), str(ref))
-    case = "canonical" if canonical else ""
-    if family.filled and not canonical:  # the name of the class tells the first SigLIP from the second
-        case = "bare" if str(settings.get("tokenizer_class")).startswith("SiglipTokenizer") else "lower"
+    # the class of its tokeniser tells the first SigLIP from the second
+    bare = str(settings.get("tokenizer_class")).startswith("SiglipTokenizer")
+    case = "canonical" if canonical else "bare" if bare else "lower"
     return TextEncoder(
         model, tokenizer, name=text_name(ref), dim=getattr(config, family.width or "hidden_size"), max_length=length,
         case=case, masked=family.masked,

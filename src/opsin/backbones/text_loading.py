@@ -85,7 +85,7 @@ def text_config(folder: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # the checks of configs raise their own
         raise InvalidCheckpoint("config.json must describe the model", got=f"{folder} ({_line(error)})") from error
     return getattr(config, "text_config", config)
 
@@ -99,14 +99,14 @@ def tokenizer_of(folder: Path, settings: dict[str, Any], limit: int, length: int
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:
             tokenizer, settings = _converted(folder)
+        if tokenizer.post_processor is None and settings.get("add_eos_token") and settings.get("eos_token"):
+            end = settings["eos_token"]
+            pairs = [(end, tokenizer.token_to_id(end))]
+            tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=pairs)
     except (MissingExtra, MissingFile):
         raise
     except Exception as error:  # the library raises plain Exception
         raise InvalidCheckpoint("The tokeniser must be readable", got=f"{folder} ({_line(error)})") from error
-    if tokenizer.post_processor is None and settings.get("add_eos_token") and settings.get("eos_token"):
-        end = settings["eos_token"]
-        pairs = [(end, tokenizer.token_to_id(end))]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=pairs)
     name = settings.get("pad_token") or (tokenizer.padding or {}).get("pad_token")
     pad = tokenizer.token_to_id(name) if name else None
     if pad is None:

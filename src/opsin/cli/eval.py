@@ -8,27 +8,43 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from opsin.cli.eval_segmentation import add_segmentation_arguments, run_segmentation
+
 HELP = "measure a model on annotated data"
 
 EXAMPLES = """examples:
   opsin eval retrieval --data data/coco128_panoptic --out retrieval.json
   opsin eval grouping  --data data/bsds500 --out grouping.json
   opsin eval locate    --data data/vql --out locate.json
+  opsin eval segmentation --dataset folder --root data/coco128_panoptic --split val2017 --out coco128.json
 
 retrieval  COCO panoptic: segments of val2017 look up segments of train2017, right when of the same category;
            region tokens against mean patch features of the same map and colour histograms
 grouping   BSDS: prompt pairs put together or apart as people do; thresholds chosen on train, judged on val
 locate     visual-query episodes: where was the object last seen; against template matching
+segmentation  open-vocabulary segmentation: mIoU on the standard data sets or a folder; opsin eval segmentation -h
 """
 
 FOLDERS = {"retrieval": "coco128_panoptic", "grouping": "bsds500", "locate": "vql"}
+HELPS = {
+    "retrieval": "segments look up segments of the same category",
+    "grouping": "prompts put together or apart as people do",
+    "locate": "visual-query episodes on video",
+    "segmentation": "mIoU of labels by words",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``opsin eval``."""
+    """One sub-command per measure."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
-    parser.add_argument("measure", choices=tuple(FOLDERS), help="what to measure")
+    measures = parser.add_subparsers(dest="measure", required=True, metavar="MEASURE")
+    for name in FOLDERS:
+        _region_arguments(measures.add_parser(name, help=HELPS[name]))
+    add_segmentation_arguments(measures.add_parser("segmentation", help=HELPS["segmentation"]))
+
+
+def _region_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="opsin-tiny", help='catalogue name, "hf:org/repo@rev" or "dir:path"')
     parser.add_argument("--data", type=Path, required=True, help="the data folder, or the folder that holds it")
     parser.add_argument("--out", type=Path, help="write the whole report to this JSON file")
@@ -45,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write and print. Data on stdout, text for people on stderr."""
+    if args.measure == "segmentation":
+        return run_segmentation(args)
     from opsin.errors import InvalidConfig
     from opsin.evaluation import report
     from opsin.regions import RegionModel

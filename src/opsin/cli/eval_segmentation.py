@@ -6,7 +6,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opsin.segmentation import Segmenter
 
 # Said here too, so that the help needs no torch; a test compares them with the readers and protocols there are.
 DATA = ("voc20", "voc21", "context59", "context60", "coco-object", "coco-stuff", "ade20k", "cityscapes", "folder")
@@ -37,6 +40,7 @@ def add_segmentation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=Path, help="folder: the file that names the label values")
     parser.add_argument("--ignore", type=int, help="folder: a label value that does not count")
     parser.add_argument("--model", default="radseg-b", help='catalogue name, "hf:org/repo@rev" or "dir:path"')
+    parser.add_argument("--language", help="RADIO's adaptor that leads to words (default: the model's)")
     parser.add_argument("--compat", choices=("published",), help="the published code's behaviour, mistakes included")
     parser.add_argument("--shard", type=shard_of, default=(1, 1), metavar="I/N", help="only part I of N, from 1")
     parser.add_argument("--limit", type=int, help="use at most so many images, evenly spaced")
@@ -96,9 +100,10 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         data = replace(data, samples=tuple(data.samples[i] for i in chosen))
     way = protocol(args.protocol, args.dataset)
     model = load_segmenter(args)
-    header = segmentation.header_of(
-        model.name, data, way, compat=args.compat, details={"dtype": args.dtype or "float32"}
-    )
+    card = model.card
+    details = {"dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "revision": card.revision}
+    details |= {name: getattr(card, name) for name in ("scra", "scga", "crop", "stride", "denoise")}
+    header = segmentation.header_of(model.name, data, way, compat=args.compat, details=details)
     if args.out is None:
         return header, segmentation.evaluate(model, data, way, header, shard=args.shard)
     number, count = args.shard
@@ -107,8 +112,8 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     return segmentation.merge(sorted(args.out.parent.glob(f"{args.out.stem}.shard-*-of-*.jsonl")))
 
 
-def load_segmenter(args: argparse.Namespace) -> Any:
-    """The model that ``--model``, ``--device`` and ``--dtype`` name."""
+def load_segmenter(args: argparse.Namespace) -> Segmenter:
+    """The model that ``--model``, ``--language``, ``--device`` and ``--dtype`` name."""
     from opsin.segmentation import Segmenter
 
-    return Segmenter.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    return Segmenter.from_pretrained(args.model, language=args.language, device=args.device, dtype=args.dtype)

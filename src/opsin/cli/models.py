@@ -40,7 +40,8 @@ def _where(card: ModelCard) -> str:
 
 def _stated(row: dict[str, Any]) -> dict[str, Any]:
     """What says something about this kind of model."""
-    foreign = {"regions": ("mean", "std"), "backbone": ("heads", "layers", "seed", "threshold", "grouping", "fit")}
+    encoder = ("heads", "layers", "seed", "threshold", "grouping", "fit")
+    foreign = {"regions": ("mean", "std"), "backbone": encoder, "segmentation": ("mean", "std", *encoder)}
     return {k: v for k, v in row.items() if v not in ("", [], {}, 0) and k not in foreign[row["kind"]]}
 
 

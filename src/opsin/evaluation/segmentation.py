@@ -32,6 +32,7 @@ from opsin.evaluation.protocols import Protocol
 from opsin.evaluation.segmentation_data import Sample, SegmentationData
 from opsin.hub import atomic_path
 from opsin.runtime import progress
+from opsin.segmentation import Segmenter
 
 Entries = dict[str, dict[str, Any]]
 FORMAT = 1
@@ -105,7 +106,7 @@ def header_of(
 
 
 def evaluate(
-    model: Any,
+    model: Segmenter,
     data: SegmentationData,
     protocol: Protocol,
     header: Mapping[str, Any],
@@ -115,7 +116,7 @@ def evaluate(
 ) -> Entries:
     """Segment the images of one shard and count; what the ``journal`` has already is not done again.
 
-    ``model``: a ``Segmenter``. ``shard``: number, from 1, and count. Returns an entry per image of the journal: the
+    ``shard``: number, from 1, and count. Returns an entry per image of the journal: the
     cells of its confusion matrix that are not zero, or why it was ``skipped`` (those are tried again by the next run).
     """
     number, count = shard
@@ -132,7 +133,7 @@ def evaluate(
 
 
 def _measure(
-    model: Any, sample: Sample, labels: Any, classes: int, protocol: Protocol, compat: str | None
+    model: Segmenter, sample: Sample, labels: Any, classes: int, protocol: Protocol, compat: str | None
 ) -> dict[str, Any]:
     try:
         image, truth = sample.image(), sample.labels()
@@ -142,13 +143,14 @@ def _measure(
             )
     except (InvalidImage, InvalidDataset, MissingFile) as error:
         return {"skipped": f"{type(error).__name__}: {error}"}
-    refinement = {"refine": {"coarse_threshold": protocol.coarse_threshold}} if protocol.refine else {}
+    shown, size = [protocol.show(image)], (truth.shape[0], truth.shape[1])
+    windows: dict[str, Any] = {"crop": protocol.crop, "stride": protocol.stride, "compat": compat}
+    options: dict[str, Any] = {"denoise": protocol.denoise, "refine": protocol.refine, "compat": compat}
+    if protocol.coarse_threshold is not None:
+        options["coarse_threshold"] = protocol.coarse_threshold
     try:
-        features = model.encode(
-            [protocol.show(image)], crop=protocol.crop, stride=protocol.stride, refine=protocol.refine
-        )[0]
-        size = (truth.shape[0], truth.shape[1])
-        answer = features.query(labels, size=size, denoise=protocol.denoise, compat=compat, **refinement)
+        features = model.encode(shown, refine=protocol.refine, **windows)[0]
+        answer = features.query(labels, size=size, **options)
     except UnsupportedSize as error:
         return {"skipped": f"{type(error).__name__}: {error}"}
     matrix = confusion(answer.labels, truth, classes)

@@ -22,7 +22,7 @@ from opsin.segmentation import prediction, sam
 from opsin.segmentation.aggregation import aggregate
 from opsin.segmentation.aligned import AlignedBackbone
 from opsin.segmentation.labels import Labels, as_labels
-from opsin.segmentation.refine import Refinement, frame, refine
+from opsin.segmentation.refine import ClassMaps, Refinement, frame, refine
 from opsin.segmentation.result import Segmentation
 from opsin.segmentation.sam import SamDecoder
 from opsin.segmentation.windows import sliding_features
@@ -220,12 +220,12 @@ class Segmenter(nn.Module):
         found = prediction.decide(grid, (height, width), denoise=limit, threshold=threshold, compat=compat)
         result, scores = found.labels, found.scores
         if refine:
-            full = prediction.enlarge(grid, (height, width), found.kept)
-            result = self.refined(
-                encoded, result, full, coarse_threshold=coarse_threshold, min_area=min_area, iou=iou_threshold,
+            kept = ClassMaps(grid * found.kept[:, None, None], (height, width))
+            finer = self.refined(
+                encoded, result, kept, coarse_threshold=coarse_threshold, min_area=min_area, iou=iou_threshold,
                 compat=compat,
-            ).labels  # fmt: skip
-            scores = full.gather(0, result.clamp(min=0)[None])[0] * (result >= 0)
+            )  # fmt: skip
+            result, scores = finer.labels, finer.scores
         result = torch.where(result >= len(wanted), prediction.UNKNOWN, result)  # the background phrases
         best = grid[: len(wanted)].flatten(1).amax(1)
         return Segmentation(result, scores, wanted.classes, best, self.name, other)
@@ -313,14 +313,16 @@ class Segmenter(nn.Module):
         features = self.aligned.sam_features(self.aligned.features(to_model(shown, self.aligned)))
         return self.refiner.embed(features)[0], fed
 
-    def refined(self, encoded: SegmentationFeatures, labels: Tensor, full: Tensor, **options: Any) -> Refinement:
-        """RADSeg+ on a prediction, ``labels (H, W)`` and probabilities ``full (C, H, W)``; options of ``refine``."""
+    def refined(
+        self, encoded: SegmentationFeatures, labels: Tensor, probabilities: Tensor | Sequence[Tensor], **options: Any
+    ) -> Refinement:
+        """RADSeg+ on a prediction: ``labels (H, W)``, probabilities ``(C, H, W)``; options of ``refine``."""
         if encoded.embedding is None or encoded.fed is None:
             raise InvalidConfig(
                 "Refinement needs an image that was encoded for it", got="refine=True",
                 remedy="encode(image, refine=True), then query(labels, refine=True).",
             )
-        return refine(labels, full, encoded.embedding[None], self.refiner, fed=encoded.fed, **options)
+        return refine(labels, probabilities, encoded.embedding[None], self.refiner, fed=encoded.fed, **options)
 
 
 def default_card(aligned: AlignedBackbone) -> ModelCard:

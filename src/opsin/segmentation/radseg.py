@@ -154,11 +154,11 @@ class RADSegEncoder(nn.Module):
         found = prediction.decide(grid, size, denoise=self.prompt_denoising_thresh, compat=self.compat)
         full, labels = prediction.enlarge(grid, size, found.kept), found.labels
         if self.sam_refinement:
-            refined = self.segmenter.refined(
-                image, labels, full, coarse_threshold=self.coarse_thresh, min_area=self.minimal_area,
-                mask_coefficient=self.sam_mask_coff, iou=self.sam_iou_thresh, compat=self.compat,
-            )  # fmt: skip
-            full, labels = refined.probabilities, refined.labels
+            coarse, full = full, torch.empty_like(full)
+            labels = self.segmenter.refined(
+                image, labels, coarse, coarse_threshold=self.coarse_thresh, min_area=self.minimal_area,
+                mask_coefficient=self.sam_mask_coff, iou=self.sam_iou_thresh, compat=self.compat, out=full,
+            ).labels  # fmt: skip
         if not ignore_label:
             return full, labels
         # as published, the threshold is on the probability before refinement

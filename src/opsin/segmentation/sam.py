@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,9 @@ class SamDecoder(nn.Module):
     Positions are continuous coordinates of the 1024 frame: pixel centres at +0.5, boxes half-open.
     """
 
-    neck: nn.Module
-    prompt_encoder: nn.Module
-    mask_decoder: nn.Module
+    neck: Any  # the three are modules of transformers
+    prompt_encoder: Any
+    mask_decoder: Any
 
     def __init__(
         self, *, features: int, dim: int, mask_channels: int, mlp: int, layers: int, downsample: int,
@@ -69,7 +69,7 @@ class SamDecoder(nn.Module):
         from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder, SamVisionNeck
 
         super().__init__()
-        config = SamConfig(
+        config: Any = SamConfig(
             vision_config={
                 "hidden_size": features, "output_channels": dim, "num_pos_feats": dim // 2,
                 "image_size": FRAME, "patch_size": PATCH,
@@ -149,7 +149,7 @@ class SamDecoder(nn.Module):
         masks: Tensor | None = None,
         *,
         mask_index: Tensor | None = None,
-        batch_size: int = 8,
+        batch_size: int = 4,
         compat: Compat = None,
     ) -> tuple[Tensor, Tensor]:
         """One mask for each of ``K`` objects, each prompted with a point inside, a box and, if given, a rough mask.
