@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 
 from opsin.errors import InvalidConfig, InvalidPrompt
-from opsin.segmentation.labels import Labels, as_labels
-from opsin.segmentation.templates import IMAGENET, PLAIN
+from opsin.segmentation.labels import IMAGENET, PLAIN, Labels, as_labels
 
 
 def test_text_list_and_mapping():

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from opsin.errors import OpsinError
     from opsin.images import read_image
     from opsin.localization import locate
-    from opsin.regions import RegionModel, TransferModel
     from opsin.models import load
+    from opsin.regions import RegionModel, TransferModel
     from opsin.segmentation import Segmentation, Segmenter
     from opsin.types import FeatureMap, Query, RegionTokens, Track
     from opsin.video import open_video

@@ -105,8 +105,8 @@ def fetch(repo: str, filename: str, revision: str = "main", sha256: str = "", *,
     """One file of a hub repository, from the cache or the network, its SHA-256 checked when one is given."""
     from huggingface_hub import hf_hub_download
 
-    _inside(filename)
-    with _hub_errors(repo, revision, (filename,), card):
+    check_inside(filename)
+    with hub_errors(repo, revision, (filename,), card):
         path = Path(hf_hub_download(repo, filename, revision=revision, local_files_only=is_offline()))
     if sha256:
         check_sha256(path, sha256)
@@ -175,7 +175,7 @@ def upload(write: Callable[[Path], object], repo: str, *, private: bool = False)
 
     repo, revision = parse_hf(repo)
     api = HfApi()
-    with tempfile.TemporaryDirectory() as folder, _hub_errors(repo, revision, (), None):
+    with tempfile.TemporaryDirectory() as folder, hub_errors(repo, revision, (), None):
         write(Path(folder))
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder)
@@ -287,7 +287,8 @@ def _split(ref: str | Path) -> tuple[str, str]:
     return "name", ref
 
 
-def _inside(name: str) -> None:
+def check_inside(name: str) -> None:
+    """``InvalidConfig`` for a file name that leaves its folder."""
     parts = Path(name.replace("\\", "/"))
     if not name or parts.is_absolute() or ".." in parts.parts:
         raise InvalidConfig("A file name stays inside its model folder", got=f'"{name}"')
@@ -302,7 +303,7 @@ def _local(folder: Path, files: Sequence[str]) -> Path:
 
 def _require_files(folder: Path, files: Sequence[str]) -> None:
     for name in files:
-        _inside(name)
+        check_inside(name)
         if not any(folder.glob(name)):
             raise MissingFile(f"The model folder must hold {name}", got=str(folder))
 
@@ -311,10 +312,10 @@ def _snapshot(repo: str, revision: str, files: Sequence[str] | None, card: Model
     from huggingface_hub import snapshot_download
 
     for name in files or ():
-        _inside(name)
+        check_inside(name)
 
     def download(patterns: Sequence[str]) -> Path:
-        with _hub_errors(repo, revision, patterns, card):
+        with hub_errors(repo, revision, patterns, card):
             allowed, offline = list(patterns), is_offline()
             return Path(snapshot_download(repo, revision=revision, allow_patterns=allowed, local_files_only=offline))
 
@@ -331,11 +332,12 @@ def _snapshot(repo: str, revision: str, files: Sequence[str] | None, card: Model
         missing = [] if there(folder, "config.json") else ["config.json"]
         missing += [] if there(folder, *SAFETENSORS, *PICKLES) else ["weights"]
     if missing:
-        raise _unavailable(repo, revision, wanted, f"no {' and no '.join(missing)} in {folder}")
+        raise unavailable(repo, revision, wanted, f"no {' and no '.join(missing)} in {folder}")
     return folder
 
 
-def _unavailable(repo: str, revision: str, files: Sequence[str], got: str) -> ModelUnavailable:
+def unavailable(repo: str, revision: str, files: Sequence[str], got: str) -> ModelUnavailable:
+    """The error for files that are neither cached nor reachable, with the command that fetches them elsewhere."""
     names = " ".join(f'--include "{name}"' for name in files) if any("*" in name for name in files) else " ".join(files)
     return ModelUnavailable(
         f"The files of {repo} must be in the cache or reachable", got=got,
@@ -345,7 +347,7 @@ def _unavailable(repo: str, revision: str, files: Sequence[str], got: str) -> Mo
 
 
 @contextmanager
-def _hub_errors(repo: str, revision: str, files: Sequence[str], card: ModelCard | None) -> Iterator[None]:
+def hub_errors(repo: str, revision: str, files: Sequence[str], card: ModelCard | None) -> Iterator[None]:
     """What huggingface_hub raises, as our own errors with a remedy."""
     from huggingface_hub import errors
 
@@ -362,7 +364,7 @@ def _hub_errors(repo: str, revision: str, files: Sequence[str], card: ModelCard 
         ) from error
     except errors.LocalEntryNotFoundError as error:
         reason = "the network is switched off (offline mode)" if is_offline() else "no network"
-        raise _unavailable(repo, revision, files, f"{reason} and not in the cache: {', '.join(files)}") from error
+        raise unavailable(repo, revision, files, f"{reason} and not in the cache: {', '.join(files)}") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
         what = type(error).__name__.removesuffix("NotFoundError").removeprefix("Remote").lower()
         raise ModelUnavailable(
@@ -375,4 +377,4 @@ def _hub_errors(repo: str, revision: str, files: Sequence[str], card: ModelCard 
         # network libraries below huggingface_hub differ between its versions, and so do their exceptions
         if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _NETWORK:
             raise
-        raise _unavailable(repo, revision, files, str(error).splitlines()[0] if str(error) else repr(error)) from error
+        raise unavailable(repo, revision, files, str(error).splitlines()[0] if str(error) else repr(error)) from error

@@ -68,7 +68,7 @@ def commit_of(repo: str, revision: str, files: Sequence[str] = ("config.json", "
         if not hub.is_offline():
             raise
         got = f"the network is switched off (offline mode) and not in the cache: {', '.join(files)}"
-        raise hub._unavailable(repo, revision, files, got) from error
+        raise hub.unavailable(repo, revision, files, got) from error
 
 
 def read_tensors(path: str | Path, wanted: Wanted = lambda name: True) -> dict[str, Tensor]:
@@ -111,10 +111,10 @@ def fetch_tensors(repo: str, revision: str, filename: str, wanted: Wanted, targe
     if target.is_file() and (pinned or hub.is_offline()):
         return target
     if hub.is_offline():
-        raise hub._unavailable(
+        raise hub.unavailable(
             repo, revision, (filename,), f"the network is switched off (offline mode) and not in the cache: {filename}"
         )
-    with hub._hub_errors(repo, revision, (filename,), None):
+    with hub.hub_errors(repo, revision, (filename,), None):
         url = hf_hub_url(repo, filename, revision=revision)
         remote = get_hf_file_metadata(url)
         tag = re.sub(r"\W", "", remote.etag or "") or "untagged"
@@ -178,7 +178,7 @@ def _shards(index: Path, wanted: Wanted) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InvalidCheckpoint(f"{_INDEX} maps tensors to files", got=f"{index} ({error})") from error
     for name in shards:
-        hub._inside(name)
+        hub.check_inside(name)
     return shards
 
 

@@ -31,7 +31,7 @@ def test_every_family_is_here_and_every_catalogue_entry_has_one() -> None:
     loaded = {make(kind).card.family for kind in KINDS}
     listed = {card.family for card in catalogue().values() if card.kind == "backbone"}
     assert listed <= loaded
-    missing = {kind for kind in backbones.families() if kind not in KINDS} - {"clip", "siglip", "tipsv2"}  # the first: joint
+    missing = {kind for kind in backbones.families() if kind not in KINDS} - {"clip", "siglip", "tipsv2"}
     assert not missing
 
 

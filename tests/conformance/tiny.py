@@ -47,10 +47,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 CLASS_TOKEN = {
-    "vit", "deit", "vit_msn", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "tipsv2_vision_model",
-    "radio",
+    "vit", "deit", "vit_msn", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model",
+    "tipsv2_vision_model", "radio",
 }  # fmt: skip
-REGISTERS = {"deit": 1, "dinov2_with_registers": 4, "dinov3_vit": 3, "tipsv2_vision_model": 1, "radio": 4}  # DeiT: its distillation token
+# DeiT: its distillation token
+REGISTERS = {"deit": 1, "dinov2_with_registers": 4, "dinov3_vit": 3, "tipsv2_vision_model": 1, "radio": 4}
 FIXED_SIZE = {"hiera"}
 
 

@@ -61,7 +61,7 @@ def radseg_refine(
     rest = dict(options)
     model = segmenter(weights, args, rest.get("scra_scaling", 10.0))
     names = {key.removeprefix("sam."): torch.from_numpy(np.array(value)) for key, value in sam_weights.items()}
-    model.refiner = SamDecoder.from_state_dict(names)
+    model = Segmenter(model.aligned, model.card, SamDecoder.from_state_dict(names))
     size, ignore = rest.pop("orig_img_size", None), rest.pop("ignore_label", False)
     encoder = RADSegEncoder(model_version=model, predict=True, sam_refinement=True, compat=COMPAT, **rest)
     return _answer(encoder, image, text, size, ignore)

@@ -100,20 +100,12 @@ def test_sliding(tiny, case):
     close(found, golden("tiny_sliding_336_224")[f"{case}_feat"], 1.25e-2)
 
 
-def test_sliding_with_other_windows(tiny):
-    data = golden("tiny_sliding_other")
-    cases = [key for key in data.files if key.endswith("_feat")]
-    assert cases
-    meta = json.loads(str(data["meta"]))
-    for key in cases:
-        crop, stride, size = describe(key, meta)
-        found = adapters.radseg_features(tiny, ARGS, image(*size, 7), crop=crop, stride=stride, scra=10.0)
-        close(found, data[key], 1.25e-2)
-
-
-def describe(key, meta):
-    crop, stride = next((c, s) for c, s in ((336, 112), (224, 112)) if f"{c}" in key and f"{s}" in key)
-    return crop, stride, (40, 64) if "tiny" in key else (250, 400)
+@pytest.mark.parametrize("case", ["land_c336_s112", "tiny_c336_s112", "land_c224_s112", "tiny_c224_s112"])
+def test_sliding_with_other_windows(tiny, case):
+    name, crop, stride = case.split("_")
+    picture, steps = image(*SLIDING[name], 7), {"crop": int(crop[1:]), "stride": int(stride[1:])}
+    found = adapters.radseg_features(tiny, ARGS, picture, **steps, scra=10.0)
+    close(found, golden("tiny_sliding_other")[case], 1.25e-2)
 
 
 def test_a_batch_is_its_images(tiny):

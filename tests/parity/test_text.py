@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from opsin.backbones.text import canonicalize
-from opsin.segmentation.templates import IMAGENET
+from opsin.segmentation.labels import IMAGENET
 from tests.conftest import golden_path
 from tests.parity.adapters_text import radseg_text
 

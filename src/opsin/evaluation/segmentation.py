@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,9 @@ from opsin.evaluation.protocols import Protocol
 from opsin.evaluation.segmentation_data import Sample, SegmentationData
 from opsin.hub import atomic_path
 from opsin.runtime import progress
-from opsin.segmentation import Segmenter
+
+if TYPE_CHECKING:
+    from opsin.segmentation import Segmenter
 
 Entries = dict[str, dict[str, Any]]
 FORMAT = 1

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from opsin import backbones, hub
 from opsin.backbones import Backbone
 from opsin.backbones.adaptors import Adaptor
+from opsin.backbones.alignment import OWN_SPACE, OwnValues, last_attention, projection_and_scale, take_head
 from opsin.cards import ModelCard, catalogue
 from opsin.errors import IncompatibleModel
-from opsin.segmentation.alignment_heads import OWN_SPACE, OwnValues, last_attention, projection_and_scale, take_head
 from opsin.segmentation.attention import SelfCorrelatingAttention, check_scaling
 from opsin.segmentation.vocabulary import Vocabulary, of_text
 
@@ -169,7 +169,7 @@ class AlignedBackbone(nn.Module):
                 remedy='Name it: AlignedBackbone(backbone, text="hf:org/repo"), or "text" in card.json.',
             )
         device = next(self.head.parameters()).device
-        return of_text(self.text, self.text_dim, canonical=self.backbone.card.family == "radio", device=device)
+        return of_text(self.text, self.text_dim, canonical=self.language.startswith("siglip2"), device=device)
 
     def extra_repr(self) -> str:
         """Name and options."""

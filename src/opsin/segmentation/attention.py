@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from opsin.errors import InvalidConfig
 
-_BLOCK_BYTES = 4 << 20  # of one block of the correlation matrix: it stays in the cache, and memory does not grow with N²
+_BLOCK_BYTES = 4 << 20  # of one block of the correlation matrix: it fits the cache, and memory does not grow with N²
 _MAX_SCALING = 60.0  # exp(60), summed over any number of tokens, is within float32 and bfloat16
 
 
@@ -52,7 +52,7 @@ def correlate(unit: Tensor, values: Tensor, scaling: float, offset: float = 0.0)
         keys, v = unit[g : g + step].transpose(1, 2), values[g : g + step]
         for r in range(0, count, rows):
             weights = torch.bmm(unit[g : g + step, r : r + rows], keys)
-            weights = F.threshold_(weights, cut, -math.inf).mul_(scaling).exp_()  # cut before rounding once more
+            weights = torch.threshold_(weights, cut, -math.inf).mul_(scaling).exp_()  # cut before rounding once more
             total = weights.sum(2, keepdim=True, dtype=torch.float32 if unit.dtype != torch.float64 else None)
             out[g : g + step, r : r + rows] = torch.bmm(weights, v) / total.clamp_min_(1e-30)
     return out
@@ -88,8 +88,8 @@ class SelfCorrelatingAttention(nn.Module):
         )
         first = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, count, -1)
         unit = F.normalize(project(first).view(batch, count, self.heads, -1), dim=-1).transpose(1, 2)
-        flat = (t.reshape(batch * self.heads, count, -1) for t in (unit, v))
-        again = correlate(*flat, check_scaling(self.scaling)).view(batch, self.heads, count, -1)
+        unit, v = (t.reshape(batch * self.heads, count, -1) for t in (unit, v))
+        again = correlate(unit, v, check_scaling(self.scaling)).view(batch, self.heads, count, -1)
         return project(again.transpose(1, 2).reshape(batch, count, -1)), None
 
 

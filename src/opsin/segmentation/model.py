@@ -75,7 +75,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.aligned = aligned
         self.card = card
-        self._refiner = refiner
+        self._refiner = [refiner] if refiner is not None else []  # in a list: not a part of the weights
 
     @classmethod
     def from_pretrained(
@@ -298,14 +298,10 @@ class Segmenter(nn.Module):
     @property
     def refiner(self) -> SamDecoder:
         """The decoder half of SAM, loaded when first used."""
-        if self._refiner is None:
+        if not self._refiner:
             device = next(self.aligned.head.parameters()).device
-            self._refiner = sam.load(self.card.refiner or sam.DEFAULT, device=device)
-        return self._refiner
-
-    @refiner.setter
-    def refiner(self, decoder: SamDecoder) -> None:
-        self._refiner = decoder
+            self._refiner.append(sam.load(self.card.refiner or sam.DEFAULT, device=device))
+        return self._refiner[0]
 
     def _sam_embedding(self, picture: Tensor, compat: Literal["published"] | None) -> tuple[Tensor, Size]:
         fed = frame((int(picture.shape[1]), int(picture.shape[2])), compat=compat)
@@ -314,7 +310,7 @@ class Segmenter(nn.Module):
         return self.refiner.embed(features)[0], fed
 
     def refined(
-        self, encoded: SegmentationFeatures, labels: Tensor, probabilities: Tensor | Sequence[Tensor], **options: Any
+        self, encoded: SegmentationFeatures, labels: Tensor, probabilities: Tensor | ClassMaps, **options: Any
     ) -> Refinement:
         """RADSeg+ on a prediction: ``labels (H, W)``, probabilities ``(C, H, W)``; options of ``refine``."""
         if encoded.embedding is None or encoded.fed is None:
@@ -326,7 +322,7 @@ class Segmenter(nn.Module):
 
 
 def default_card(aligned: AlignedBackbone) -> ModelCard:
-    """Defaults for a backbone that has no segmentation card of its own: RADSeg's for RADIO, one plain pass otherwise."""
+    """Defaults for a backbone without a segmentation card of its own: RADSeg's for RADIO, else one plain pass."""
     radio = aligned.backbone.card.family == "radio"
     options: dict[str, Any] = {"language": aligned.language}
     if radio:

@@ -76,7 +76,12 @@ def present(grid: Tensor, size: Size, denoise: float) -> Tensor:
 
 
 def decide(
-    grid: Tensor, size: Size, *, denoise: float = 0.0, threshold: float = 0.0, compat: Literal["published"] | None = None
+    grid: Tensor,
+    size: Size,
+    *,
+    denoise: float = 0.0,
+    threshold: float = 0.0,
+    compat: Literal["published"] | None = None,
 ) -> Prediction:
     """The most probable class of every pixel.
 

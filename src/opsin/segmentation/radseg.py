@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from opsin.cards import catalogue
 from opsin.errors import InvalidConfig
 from opsin.geometry import Size
-from opsin.segmentation import prediction
-from opsin.segmentation.labels import Labels, as_labels
+from opsin.segmentation import prediction, sam
+from opsin.segmentation.labels import PLAIN, Labels, as_labels
 from opsin.segmentation.model import SegmentationFeatures, Segmenter
-from opsin.segmentation.templates import PLAIN
 
 
 class RADSegEncoder(nn.Module):
@@ -52,12 +51,10 @@ class RADSegEncoder(nn.Module):
             self.segmenter = model_version
         else:
             dtype = "auto" if amp else None
-            self.segmenter = Segmenter.from_pretrained(model_version, language=lang_model, device=device, dtype=dtype)
+            found = Segmenter.from_pretrained(model_version, language=lang_model, device=device, dtype=dtype)
+            decoder = sam.load(sam_ckpt, device=device) if sam_ckpt else None
+            self.segmenter = Segmenter(found.aligned, found.card, decoder)
         self.segmenter.aligned.scra = scra_scaling
-        if sam_ckpt is not None:
-            from opsin.segmentation import sam
-
-            self.segmenter.refiner = sam.load(sam_ckpt, device=device)
         self.predict = predict
         self.prediction_thresh, self.prompt_denoising_thresh = prediction_thresh, prompt_denoising_thresh
         self.scga_scaling, self.slide_crop, self.slide_stride = scga_scaling, slide_crop, slide_stride

@@ -15,6 +15,7 @@ from operator import itemgetter
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from opsin.errors import InputError, InvalidConfig
@@ -136,7 +137,7 @@ def refine(
         iou: accept a mask whose predicted IoU is above this.
         batch_size: regions at a time in the decoder; halved when memory runs out.
         compat: ``"published"``: regions on a grid of half resolution; prompts placed by SAM's rule, whatever the fed
-            size; mask prompts as in :meth:`SamDecoder.decode`; in regions whose mask was not accepted the coarse
+            size, at the one most probable pixel; mask prompts as in :meth:`SamDecoder.decode`; in regions whose mask was not accepted the coarse
             probabilities count among the scores, but their pixels still go to the masks of other regions.
         out: ``(C, H, W)``, receives the scores of all classes: probabilities where the coarse label was kept, under
             ``compat`` 0 there except in regions that were not accepted, or the probabilities when none was accepted.
@@ -202,8 +203,6 @@ def find_regions(
     compat: Compat = None,
 ) -> Regions:
     """The 8-connected regions of each class and the prompts made of them; arguments as for :func:`refine`."""
-    from scipy import ndimage
-
     published = compat == "published"
     size = _check(labels, probabilities, None, compat)
     grid = _half_labels(labels, probabilities, coarse_threshold) if published else labels.cpu().numpy()
@@ -233,7 +232,7 @@ def find_regions(
             if sizes[number] < smallest:
                 continue
             shape = numbers[dy, dx] == number
-            y, x = np.unravel_index(np.where(shape, values[dy, dx], -1).argmax(), shape.shape)
+            y, x = _best_point(np.where(shape, values[dy, dx], -1), compat)
             top, left = place[0].start + dy.start, place[1].start + dx.start
             bottom, right = top + shape.shape[0], left + shape.shape[1]
             classes.append(index)
@@ -269,6 +268,19 @@ def _half_labels(labels: Tensor, probabilities: Tensor | ClassMaps, threshold: f
         most = reduce(torch.maximum, (_resized(probabilities[i], size) for i in range(len(probabilities))))
         grid = torch.where(most < threshold, UNKNOWN, grid)
     return grid.cpu().numpy()
+
+
+def _best_point(values: np.ndarray, compat: Compat) -> tuple[int, int]:
+    """Row and column of the point that prompts a region, from its probabilities; they are below 0 outside.
+
+    That is the highest, as published. Softmax saturates, and then rounding decides which of a thousand pixels is: so
+    by default it is the middle (the deepest pixel) of all that are within 1 % of the highest.
+    """
+    if compat is None:
+        nearly = np.pad(values >= 0.99 * values.max(), 1)
+        values = ndimage.distance_transform_cdt(nearly)[1:-1, 1:-1]
+    row, column = np.unravel_index(values.argmax(), values.shape)
+    return int(row), int(column)
 
 
 def _mask_prompt(p: Tensor, size: Size, fed: Size, threshold: float, coefficient: float, compat: Compat) -> Tensor:
