@@ -137,8 +137,8 @@ def refine(
         iou: accept a mask whose predicted IoU is above this.
         batch_size: regions at a time in the decoder; halved when memory runs out.
         compat: ``"published"``: regions on a grid of half resolution; prompts placed by SAM's rule, whatever the fed
-            size, at the one most probable pixel; mask prompts as in :meth:`SamDecoder.decode`; in regions whose mask was not accepted the coarse
-            probabilities count among the scores, but their pixels still go to the masks of other regions.
+            size, at the one most probable pixel; mask prompts as in :meth:`SamDecoder.decode`; in regions whose mask
+            was not accepted the coarse probabilities count among the scores, but other masks still take the pixels.
         out: ``(C, H, W)``, receives the scores of all classes: probabilities where the coarse label was kept, under
             ``compat`` 0 there except in regions that were not accepted, or the probabilities when none was accepted.
 
@@ -146,12 +146,13 @@ def refine(
         InputError: shapes that do not belong together.  InvalidConfig: an option out of range.
     """
     size = _check(labels, probabilities, out, compat)
+    labels = labels.long()
     fed = fed or frame(size, compat=compat)
     regions = find_regions(
         labels, probabilities, fed, coarse_threshold=coarse_threshold, min_area=min_area,
         mask_coefficient=mask_coefficient, compat=compat,
     )  # fmt: skip
-    predicted = torch.zeros(len(regions))
+    predicted = torch.zeros(len(regions), dtype=torch.float64)
     best = torch.zeros_like(probabilities[0])
     winner = labels
     if out is not None:
@@ -205,7 +206,7 @@ def find_regions(
     """The 8-connected regions of each class and the prompts made of them; arguments as for :func:`refine`."""
     published = compat == "published"
     size = _check(labels, probabilities, None, compat)
-    grid = _half_labels(labels, probabilities, coarse_threshold) if published else labels.cpu().numpy()
+    grid = _half_labels(labels, probabilities, coarse_threshold) if published else labels.long().cpu().numpy()
     h, w = grid.shape
     smallest = min_area if published else min_area * _HALF
     classes: list[int] = []
@@ -339,6 +340,8 @@ def _check(labels: Tensor, probabilities: Tensor | ClassMaps, out: Tensor | None
         raise InputError("Labels (H, W) come with probabilities (C, H, W), none of them 0", got=got)
     if labels.is_floating_point() or int(labels.min()) < UNKNOWN or int(labels.max()) >= count:
         raise InputError(f"Labels are {UNKNOWN} or the number of a class, below {count}", got=labels.dtype)
+    if probabilities[0].dtype not in (torch.float32, torch.float64):
+        raise InputError("Probabilities are float32 or float64", got=probabilities[0].dtype)
     if out is not None and tuple(out.shape) != (count, *size):
         raise InputError("out has the shape of the probabilities", got=tuple(out.shape))
     return int(size[0]), int(size[1])

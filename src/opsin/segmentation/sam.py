@@ -27,7 +27,8 @@ LOW_RESOLUTION = 256  # side of mask prompts and of predicted masks
 HEADS = 8  # of every published SAM; the only fact that shapes do not tell
 DEFAULT = "hf:facebook/sam-vit-huge"
 
-_PARTS = ("image_encoder.neck.", "vision_encoder.neck.", "shared_image_embedding.", "prompt_encoder.", "mask_decoder.")
+_OWN = ("neck.", "prompt_encoder.", "mask_decoder.")
+_PARTS = (*_OWN, "image_encoder.neck.", "vision_encoder.neck.", "shared_image_embedding.")
 # Published names, and those of a transformers file, to the names in SamDecoder.
 _RENAMED = (
     (r"^(image_encoder|vision_encoder)\.neck\.", "neck."),
@@ -92,7 +93,7 @@ class SamDecoder(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> SamDecoder:
-        """From tensors under the published names (``sam_vit_h_4b8939.pth``) or those of ``transformers``.
+        """From tensors under the published names (``sam_vit_h_4b8939.pth``), those of ``transformers``, or its own.
 
         All sizes are read off the shapes, the dtype off the neck; tensors of the trunk are passed over.
         Raises ``InvalidCheckpoint`` when the rest does not fit.
@@ -159,7 +160,7 @@ class SamDecoder(nn.Module):
             points: ``(K, 2)`` x, y and boxes ``(K, 4)`` x1, y1, x2, y2, continuous coordinates of the 1024 frame.
             masks: ``(M, 1, 256, 256)`` logits, quarter resolution of the frame.
             mask_index: ``(K,)`` the row of ``masks`` of each object; by default one row for each (``M = K``).
-            batch_size: objects at a time; halved when memory runs out.
+            batch_size: objects at a time, each some 70 MB in a SAM of 256 channels; halved when memory runs out.
             compat: ``"published"`` normalises mask prompts over rows instead of channels, as the published RADSeg+
                 does: it hands them over without a batch axis, which the layer then takes the channels for.
 
@@ -177,26 +178,23 @@ class SamDecoder(nn.Module):
         if masks is not None and (masks.shape[1:] != (1, side, side) or (mask_index is None and len(masks) != count)):
             raise InvalidPrompt(f"Mask prompts are (K, 1, {side}, {side})", got=tuple(masks.shape))
         embedding = to_model(embedding, self)
+        places = self._image_positions()
         rows = torch.arange(count) if mask_index is None else mask_index.cpu()
-        places = self._image_positions().to(embedding.dtype)
-        device = embedding.device
+        # transformers takes numbers of pixels and adds half a pixel; ours are centres already
+        points, boxes = (t.cpu().double() - 0.5 for t in (points, boxes))
 
         def run(chosen: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
             index = torch.as_tensor(chosen)
-            # `transformers` adds half a pixel to what it takes for pixel numbers: ours are centres already
+            ones = torch.ones(len(index), 1, 1, dtype=torch.int64, device=places.device)
             sparse, dense = self.prompt_encoder(
-                (points[index.to(points.device)].to(device) - 0.5)[:, None, None],
-                torch.ones(len(index), 1, 1, dtype=torch.int64, device=device),
-                (boxes[index.to(boxes.device)].to(device) - 0.5)[:, None],
-                None,
+                points[index][:, None, None].to(places), ones, boxes[index][:, None].to(places), None
             )
             if masks is not None:
                 embed = self.prompt_encoder.mask_embed if compat is None else self._published_mask_embedding
                 dense = embed(to_model(masks[rows[index].to(masks.device)], self))
-            size = (len(index), -1, -1, -1)
             logits, iou = self.mask_decoder(
-                image_embeddings=embedding.expand(size),
-                image_positional_embeddings=places.expand(size),
+                image_embeddings=embedding.expand(len(index), -1, -1, -1),
+                image_positional_embeddings=places.to(embedding.dtype).expand(len(index), -1, -1, -1),
                 sparse_prompt_embeddings=sparse.to(embedding.dtype),
                 dense_prompt_embeddings=dense,
                 multimask_output=False,

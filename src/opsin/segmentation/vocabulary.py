@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CHUNK = 256  # sentences encoded between two writes to disk
 _KEPT = 20_000  # rows held in memory
+_ASKED = 64  # questions whose rows are at hand: putting 150 labels into 80 sentences costs more than the answer
 
 
 class Vocabulary:
@@ -56,6 +57,7 @@ class Vocabulary:
         self._factory = encoder_factory
         self._encoder: TextEncoder | None = None
         self._rows: dict[str, Tensor] = {}
+        self._asked: dict[Labels, Tensor] = {}
 
     @property
     def encoder(self) -> TextEncoder:
@@ -67,6 +69,7 @@ class Vocabulary:
     def release(self) -> None:
         """Give the memory of the text tower back; it is loaded again when needed."""
         self._encoder = None
+        self._asked.clear()
 
     @torch.no_grad()
     def embed(self, labels: Labels) -> Tensor:
@@ -78,13 +81,18 @@ class Vocabulary:
         Raises:
             IncompatibleModel: the tower has another width.  What loading the tower raises, when it is needed.
         """
+        if labels in self._asked:
+            return self._asked[labels]
         sentences = [self._sentences(text, labels.templates) for text in labels.texts]
         if len(self._rows) > _KEPT:
             self._rows.clear()
         missing = {key: texts for key, texts in sentences if key not in self._rows and not self._read(key)}
         if missing:
             self._encode(missing, len(labels.templates))
-        return torch.stack([self._rows[key] for key, _ in sentences])
+        if len(self._asked) >= _ASKED:
+            self._asked.clear()
+        self._asked[labels] = torch.stack([self._rows[key] for key, _ in sentences])
+        return self._asked[labels]
 
     def _sentences(self, phrase: str, templates: Sequence[str]) -> tuple[str, list[str]]:
         texts = [template.replace("{}", phrase) for template in templates]
