@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from opsin.segmentation.attention import correlate
 from opsin.segmentation.model import OTHER, default_card
 from opsin.segmentation.radseg import RADSegEncoder, radseg_encoder
 from opsin.segmentation.windows import plan, sliding_features
-from tests.conformance.test_radio import memory  # a tiny backbone in the published layout
+from tests.conformance.test_radio import checkpoint, memory  # a tiny backbone in the published layout
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +229,6 @@ def test_saved_labels_come_back(tmp_path):
 
 def test_supervision_is_an_extra(monkeypatch):
     found = Segmentation(torch.tensor([[0, 1], [1, -1]]), torch.rand(2, 2), ("a", "b"), torch.ones(2), "m")
-    import sys
-
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(opsin.OpsinError, match="supervision"):
         found.to_supervision()
@@ -306,3 +306,34 @@ def test_bad_images(model, tmp_path):
 def test_a_checkpoint_of_another_family_is_refused():
     with pytest.raises(IncompatibleModel, match="words"):
         Segmenter.from_pretrained("opsin-tiny", device="cpu")
+
+
+def test_the_hub_entry_loads_a_checkpoint(tmp_path):
+    """``torch.hub.load`` from a checkout, with a file in the published layout."""
+    from tests.conftest import ROOT
+
+    path = checkpoint(tmp_path / "c-radio_tiny_half.pth.tar")
+    encoder = torch.hub.load(
+        str(ROOT), "radseg_encoder", source="local", model_version=str(path), lang_model="siglip2", device="cpu"
+    )
+    assert encoder.encode_image_to_feat_map(noise(48, 48)[None]).shape[:2] == (1, encoder.segmenter.aligned.dim)
+    assert isinstance(opsin.load(path, device="cpu"), Segmenter)
+    with pytest.raises(IncompatibleModel, match="sam"):
+        Segmenter.from_pretrained(path, language="siglip2-g", device="cpu").aligned._adaptor("sam9")
+
+
+PEAK = """
+import resource, sys, torch
+from opsin.segmentation import prediction
+grid = torch.rand(150, 70, 140)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = prediction.decide(grid, (1024, 2048))
+assert found.labels.shape == (1024, 2048)
+sys.stdout.write(str((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024))
+"""
+
+
+def test_memory_of_many_labels_on_a_large_image():
+    """All probabilities of 150 labels at 2048×1024 would be 1,200 MB; a decision needs bands of them."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 250

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opsin.errors import InputError, InvalidConfig
 from opsin.geometry import Size
-from opsin.segmentation.prediction import UNKNOWN, enlarge
+from opsin.segmentation.prediction import UNKNOWN
 from opsin.segmentation.sam import FRAME, LOW_RESOLUTION, PATCH, Compat, SamDecoder
 
 _TOGETHER = 256  # regions whose masks, at low resolution, are alive at a time
@@ -40,7 +40,7 @@ class ClassMaps:
         return len(self.grid)
 
     def __getitem__(self, index: int) -> Tensor:
-        return enlarge(self.grid[index][None], self.size)[0]
+        return _resized(self.grid[index], self.size)
 
 
 @dataclass(frozen=True, eq=False)

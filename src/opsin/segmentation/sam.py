@@ -27,8 +27,10 @@ LOW_RESOLUTION = 256  # side of mask prompts and of predicted masks
 HEADS = 8  # of every published SAM; the only fact that shapes do not tell
 DEFAULT = "hf:facebook/sam-vit-huge"
 
-_OWN = ("neck.", "prompt_encoder.", "mask_decoder.")
-_PARTS = (*_OWN, "image_encoder.neck.", "vision_encoder.neck.", "shared_image_embedding.")
+_PARTS = (
+    "image_encoder.neck.", "vision_encoder.neck.", "neck.",
+    "shared_image_embedding.", "prompt_encoder.", "mask_decoder.",
+)  # fmt: skip
 # Published names, and those of a transformers file, to the names in SamDecoder.
 _RENAMED = (
     (r"^(image_encoder|vision_encoder)\.neck\.", "neck."),
