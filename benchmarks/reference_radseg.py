@@ -1,4 +1,4 @@
-"""The published algorithm of RADSeg, written from its description as plainly as it was published: what is timed against.
+"""The published algorithm of RADSeg, written from its description as plainly as published: what is timed against.
 
 It follows the published way of working, costs included: all windows of an image in one batch, position encodings
 resampled at every call, both correlations as whole matrices that are masked by a boolean index, one vector product for

@@ -57,8 +57,8 @@ def scene(size, boxes, classes=3, sure=0.8):
 
 @pytest.fixture(scope="module")
 def decoder():
-    torch.manual_seed(0)
     with torch.random.fork_rng():
+        torch.manual_seed(0)
         made = SamDecoder(**SIZES).eval().requires_grad_(False)
     made.prompt_encoder.shared_embedding.positional_embedding.data /= 64
     return made

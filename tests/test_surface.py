@@ -19,7 +19,7 @@ LEVELS = (
     {"errors", "types", "geometry"},
     {"cards", "hub", "remote_tensors", "runtime", "images", "video", "clip"},
     {"backbones"},
-    {"regions", "segmentation"},
+    {"regions", "segmentation", "codec", "masks"},
     {"models"},
     {"localization"},
     {"training", "evaluation"},

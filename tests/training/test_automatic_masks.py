@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from opsin.errors import InvalidDataset
+from opsin.masks.store import MaskStore
 from opsin.training import automatic_masks as am
 from opsin.training.config import RegionTrainingConfig
-from opsin.training.store import MaskStore
 from tests.training.conftest import blocks, paint
 
 SIDE = 64

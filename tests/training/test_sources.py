@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from opsin.errors import InvalidDataset, MissingFile
-from opsin.training.coco import CocoInstances, CocoPanoptic, decode_counts, decode_segmentation
+from opsin.masks.coco import CocoInstances, CocoPanoptic, decode_counts, decode_segmentation
+from opsin.masks.maps import RegionMaps
+from opsin.masks.sources import LabelMaps, Mosaic, split_canvas
+from opsin.masks.store import MaskStore
 from opsin.training.data import Batches, loader
-from opsin.training.maps import RegionMaps
-from opsin.training.sources import LabelMaps, Mosaic, split_canvas
-from opsin.training.store import MaskStore
 from opsin.training.views import Augmentation
 from tests.training.conftest import SIZE, blocks, paint
 
@@ -231,8 +231,8 @@ def test_store_survives_a_killed_writer(tmp_path):
     path = tmp_path / "a.masks"
     code = (
         "import sys, numpy as np\n"
-        "from opsin.training.maps import RegionMaps\n"
-        "from opsin.training.store import MaskStore\n"
+        "from opsin.masks.maps import RegionMaps\n"
+        "from opsin.masks.store import MaskStore\n"
         "store = MaskStore(sys.argv[1], {})\n"
         "for i in range(10**6):\n"
         "    store.put(str(i), RegionMaps.from_labels([np.full((64, 64), 1 + i)]))\n"

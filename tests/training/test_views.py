@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from opsin.training.maps import RegionMaps, regions_at, soft_masks
+from opsin.masks.maps import RegionMaps, regions_at, soft_masks
 from opsin.training.views import Augmentation, draw_view, make_views, recolour, sampling_grid
 
 SIZE = 64

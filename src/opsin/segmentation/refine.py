@@ -325,9 +325,8 @@ def _cover(regions: Regions, chosen: list[bool], size: Size) -> Tensor:
 def _own(labels: Tensor, probabilities: Tensor | ClassMaps) -> Tensor:
     """``(H, W)`` the probability of the label of each pixel, 0 where unknown."""
     own = torch.zeros_like(probabilities[0])
-    for index in labels.unique().tolist():
-        if index != UNKNOWN:
-            own = torch.where(labels == index, probabilities[index], own)
+    for index in torch.bincount(labels.flatten() + 1)[1:].nonzero().flatten().tolist():
+        own = torch.where(labels == index, probabilities[index], own)
     return own
 
 

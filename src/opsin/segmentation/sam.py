@@ -201,7 +201,8 @@ class SamDecoder(nn.Module):
                 dense_prompt_embeddings=dense,
                 multimask_output=False,
             )
-            return list(zip(logits[:, 0, 0], iou[:, 0, 0], strict=True))
+            # a copy, for the decoder made four masks and all would stay in memory
+            return list(zip(logits[:, 0, 0].clone(), iou[:, 0, 0], strict=True))
 
         found = in_batches(run, range(count), batch_size)
         if not found:

@@ -1,7 +1,6 @@
 """Training of region encoders on frozen backbones, after REN (arXiv 2505.18153).
 
-``sources`` and ``coco`` read photographs with regions (``maps``), ``automatic_masks`` and ``store`` make and keep the
-masks where there are none, ``views`` and ``data`` turn them into batches, ``losses`` and ``loop`` train on these, and
+``automatic_masks`` makes masks where ``opsin.masks`` finds none, ``views`` and ``data`` turn photographs into batches, ``losses`` and ``loop`` train on these, and
 ``regions`` joins it all under the options of ``config``.
 """
 

@@ -16,11 +16,11 @@ from opsin import hub
 from opsin.errors import InvalidConfig, InvalidDataset, OpsinError
 from opsin.geometry import box_nms, mask_boxes
 from opsin.images import list_images, resize
+from opsin.masks.maps import RegionMaps
+from opsin.masks.sources import CachedMasks, Frame
+from opsin.masks.store import MaskStore
 from opsin.runtime import progress, resolve_device
 from opsin.training.config import RegionTrainingConfig, parse_source
-from opsin.training.maps import RegionMaps
-from opsin.training.sources import CachedMasks, Frame
-from opsin.training.store import MaskStore
 
 if TYPE_CHECKING:
     from transformers import Sam2Model

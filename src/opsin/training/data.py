@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from opsin.errors import InvalidDataset, OpsinError
 from opsin.geometry import Size
-from opsin.training.maps import RegionMaps, regions_at, soft_masks
-from opsin.training.sources import Sample, Source
+from opsin.masks.maps import RegionMaps, regions_at, soft_masks
+from opsin.masks.sources import Sample, Source
 from opsin.training.views import Augmentation, draw_view, make_views
 
 ATTEMPTS = 100  # broken photographs in a row after which a data set is given up

@@ -13,14 +13,14 @@ from torch import nn
 from opsin import backbones, hub
 from opsin.cards import ModelCard
 from opsin.errors import InvalidConfig, MissingExtra, MissingFile, UnsupportedSize
+from opsin.masks.coco import CocoInstances, CocoPanoptic
+from opsin.masks.sources import LabelMaps, Mosaic, Source
 from opsin.regions.encoder import RegionEncoder
 from opsin.regions.model import save_backbone
 from opsin.runtime import resolve_device, resolve_dtype
-from opsin.training.coco import CocoInstances, CocoPanoptic
 from opsin.training.config import RegionTrainingConfig, parse_source
 from opsin.training.data import Batches
 from opsin.training.loop import Loop
-from opsin.training.sources import LabelMaps, Mosaic, Source
 from opsin.training.views import Augmentation
 
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from opsin.errors import InvalidDataset, MissingFile
 from opsin.geometry import Size
 from opsin.images import read_image
-from opsin.training.maps import RegionMaps, distinct, nearest
-from opsin.training.sources import Sample, Source, need_folder, read_labels, square
+from opsin.masks.maps import RegionMaps, distinct, nearest
+from opsin.masks.sources import Sample, Source, need_folder, read_labels, square
 
 
 def decode_segmentation(segmentation: Any, size: Size) -> np.ndarray:

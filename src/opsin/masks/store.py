@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from opsin.errors import InvalidDataset
-from opsin.training.maps import RegionMaps
+from opsin.masks.maps import RegionMaps
 
 MAGIC = b"OPSM"
 HEADER = struct.Struct("<4sIII")  # magic, bytes of the key, bytes of the payload, crc32 of both

@@ -19,8 +19,8 @@ from torch import Tensor
 from opsin.errors import InvalidDataset, MissingFile
 from opsin.geometry import Size
 from opsin.images import list_images, read_image, resize
-from opsin.training.maps import RegionMaps, nearest
-from opsin.training.store import MaskStore
+from opsin.masks.maps import RegionMaps, nearest
+from opsin.masks.store import MaskStore
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
