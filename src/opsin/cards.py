@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from opsin.errors import InvalidCheckpoint, MissingFile, UnknownModel, near_misses
 
-KINDS = ("backbone", "regions", "segmentation")
+KINDS = ("backbone", "regions", "segmentation", "codec")
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -23,10 +23,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 class ModelCard:
     """One model: where its weights are, how its input is prepared, what its licence allows.
 
-    ``kind`` is ``"backbone"``, ``"regions"`` or ``"segmentation"``; ``family`` the adapter that runs it. ``source`` is
+    ``kind`` is one of ``KINDS``; ``family`` the adapter that runs it. ``source`` is
     ``"hf:org/repo"`` (with ``revision``), ``"embedded"``, or empty for a folder and for a model that only combines
-    others; ``files`` names what is fetched, empty meaning config, preprocessing and weights. ``dim`` is the width of a token,
-    ``patch_size`` the pixels of one grid step, ``image_size`` the default side of the square canvas, ``mean`` and
+    others; ``files`` names what is fetched, empty meaning config, preprocessing and weights. ``dim`` is the width of a
+    token, ``patch_size`` the pixels of one grid step, ``image_size`` the default side of the square canvas, ``mean`` and
     ``std`` act on RGB in [0, 1]. ``bfloat16`` tells whether ``dtype="auto"`` may choose it. ``gated`` weights need a
     licence accepted at ``gate_url``; ``substitute`` is an open model for the same use.
 
@@ -40,6 +40,8 @@ class ModelCard:
     space), ``scra`` and ``scga`` scaling of the two correlations (0: off), ``crop`` and ``stride`` of the windows in
     pixels (crop 0: one pass), ``denoise`` the probability that a class has to reach somewhere, ``refiner`` the SAM
     whose decoder sharpens masks.
+    Codecs only: ``activation`` of the code ("" for none), which nothing in the weights tells, and ``sizes`` of the
+    networks: encoder depth and heads, decoder width, depth and heads.
     ``measured`` holds quality numbers with their protocol as the key.
     """
 
@@ -83,6 +85,8 @@ class ModelCard:
     stride: int = 0
     denoise: float = 0.0
     refiner: str = ""
+    activation: str = ""
+    sizes: tuple[int, ...] = ()
     measured: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -1,6 +1,7 @@
 """Training of region encoders on frozen backbones, after REN (arXiv 2505.18153).
 
-``automatic_masks`` makes masks where ``opsin.masks`` finds none, ``views`` and ``data`` turn photographs into batches, ``losses`` and ``loop`` train on these, and
+``automatic_masks`` makes masks where ``opsin.masks`` finds none, ``views`` and ``data`` turn photographs into batches,
+``losses`` and ``loop`` train on these, and
 ``regions`` joins it all under the options of ``config``.
 """
 
