@@ -26,7 +26,7 @@ class ModelCard:
     ``kind`` is one of ``KINDS``; ``family`` the adapter that runs it. ``source`` is
     ``"hf:org/repo"`` (with ``revision``), ``"embedded"``, or empty for a folder and for a model that only combines
     others; ``files`` names what is fetched, empty meaning config, preprocessing and weights. ``dim`` is the width of a
-    token, ``patch_size`` the pixels of one grid step, ``image_size`` the default side of the square canvas, ``mean`` and
+    token, ``patch_size`` the pixels of one grid step, ``image_size`` the side of the default square canvas; ``mean``,
     ``std`` act on RGB in [0, 1]. ``bfloat16`` tells whether ``dtype="auto"`` may choose it. ``gated`` weights need a
     licence accepted at ``gate_url``; ``substitute`` is an open model for the same use.
 

@@ -305,7 +305,8 @@ class Segmenter(nn.Module):
 
     def _sam_embedding(self, picture: Tensor, compat: Literal["published"] | None) -> tuple[Tensor, Size]:
         fed = frame((int(picture.shape[1]), int(picture.shape[2])), compat=compat)
-        shown = F.interpolate(picture[None], fed, mode="bilinear")
+        shrunk = compat is None and fed[0] * fed[1] < picture.shape[1] * picture.shape[2]  # published: never smoothed
+        shown = F.interpolate(picture[None], fed, mode="bilinear", antialias=shrunk)
         features = self.aligned.sam_features(self.aligned.features(to_model(shown, self.aligned)))
         return self.refiner.embed(features)[0], fed
 

@@ -15,6 +15,7 @@ from opsin.geometry import Size
 from opsin.segmentation import prediction, sam
 from opsin.segmentation.labels import PLAIN, Labels, as_labels
 from opsin.segmentation.model import SegmentationFeatures, Segmenter
+from opsin.segmentation.refine import ClassMaps
 
 
 class RADSegEncoder(nn.Module):
@@ -149,9 +150,12 @@ class RADSegEncoder(nn.Module):
         grid = prediction.class_probabilities(image.words, self.text_embeds, torch.arange(count), count, scale)
         size = image.size if size is None else (int(size[0]), int(size[1]))
         found = prediction.decide(grid, size, denoise=self.prompt_denoising_thresh, compat=self.compat)
-        full, labels = prediction.enlarge(grid, size, found.kept), found.labels
-        if self.sam_refinement:
-            coarse, full = full, torch.empty_like(full)
+        labels = found.labels
+        if not self.sam_refinement:
+            full = prediction.enlarge(grid, size, found.kept)
+        else:
+            full = grid.new_empty((count, *size))
+            coarse = ClassMaps(grid * found.kept[:, None, None], size)
             labels = self.segmenter.refined(
                 image, labels, coarse, coarse_threshold=self.coarse_thresh, min_area=self.minimal_area,
                 mask_coefficient=self.sam_mask_coff, iou=self.sam_iou_thresh, compat=self.compat, out=full,
