@@ -36,7 +36,10 @@ FAILED = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 2 for an error that the message explains, 130 after Ctrl-C."""
+    """Run one verb; returns the exit status.
+
+    0; 1 where files of several were skipped; 2 for an error that the message explains; 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(overview())
