@@ -1,6 +1,6 @@
 """Everything that ``make bench`` measures: writes ``benchmarks/results.json`` and from it ``docs/benchmarks.md``.
 
-python benchmarks/run.py                    all of it, about ten minutes on two cores
+python benchmarks/run.py                    all of it, about twenty minutes on two cores
 python benchmarks/run.py --only head path   these sections; the others keep their earlier numbers
 python benchmarks/run.py --quality DIR      ``opsin eval`` on the annotated data in DIR, into benchmarks/quality/
 python benchmarks/run.py --tables           only write the document again
@@ -19,6 +19,7 @@ from typing import Any
 import head
 import memory
 import path
+import segmentation
 import tables
 import torch
 from common import SEED, say
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Callable[[str, bool], dict[str, Any]]] = {
     "prompts": lambda model, quick: head.run("prompts", quick),
     "path": path.run,
     "memory": memory.run,
+    "segmentation": lambda model, quick: segmentation.run(quick),
 }
 
 

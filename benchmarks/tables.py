@@ -21,6 +21,16 @@ positions of all pixels, prompts looked up one by one, explicit softmax, all log
 which the published call leaves on, so it is if anything kinder. All ways are timed in turns. Measured on the
 published code itself on two such cores, DINOv2 size: encoder 3.0 s, grouping 1.1–2.2 s, table 1.1 GB."""
 
+SEGMENTATION = """\
+RADSeg on a RADIO of ViT-B size with random weights, a photograph, windows of 336 pixels every 224. "reference" is the
+published algorithm, written from its description (`benchmarks/reference_radseg.py`), on the same weights; for a second
+question it starts from the image again. "opsin" is float32, "openvino" the same with windows compiled by OpenVINO
+(optional); "bf16" computes the windows in bfloat16. Agreement: share of pixels with the label that "opsin" gives, for
+text vectors in random directions, and for vectors near features of another photograph, which compete far more closely.
+RADSeg+ adds masks of ten regions, one of each of ten classes, all accepted; there the labels of the two sides differ
+by design (coordinates), so agreement is between ways of Opsin. Memory: peak of a fresh process, share of the
+reference's in brackets. Second question: labels never asked of this image, their vectors on disk, or in memory."""
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; numbers to the right."""
@@ -138,6 +148,30 @@ def memory(r: dict[str, Any]) -> str:
     return section("Memory of locate", note, text, f"Growth: {r['growth_mib']:.0f} MiB.")
 
 
+def segmentation(found: dict[str, Any]) -> str:
+    """Words to pixels."""
+    blocks = []
+    for title, cases in found.items():
+        for count, r in {"": cases}.items() if "seconds" in cases else cases.items():
+            ways = list(r["seconds"])
+            rows = [[key, *(seconds(r["seconds"][way][key]) for way in ways)] for key in r["seconds"][ways[0]]]
+            rows.append(["faster", *(f"{r['faster'][way]:.2f}×" if way in r["faster"] else "" for way in ways)])
+            peaks = [r["memory"][way] for way in ways]
+            rows.append(["peak memory", *(f"{m['peak_mib']:.0f} MiB ({m['share']:.2f})" for m in peaks)])
+            rows.append(["… above what was loaded", *(f"{m['peak_mib'] - m['ready_mib']:.0f} MiB" for m in peaks)])
+            for text, shares in r["agreement"].items():
+                rows.append(
+                    [f"pixels as opsin, {text}", *(f"{shares[way]:.4f}" if way in shares else "" for way in ways)]
+                )
+            for kind in ("first asked", "asked again"):
+                asked = [r.get("second_question", {}).get(way, {}).get(kind) for way in ways]
+                if any(asked):
+                    cells = (f"{seconds(a)}, {a['faster']:.0f}×" if a else "" for a in asked)
+                    rows.append([f"second question, {kind}", *cells])
+            blocks += [f"### {title}{', ' * bool(count)}{count}", table(["", *ways], rows)]
+    return section("Words to pixels", SEGMENTATION, *blocks)
+
+
 def retrieval(r: dict[str, Any]) -> str:
     """Retrieval of COCO segments."""
     rows = []
@@ -181,7 +215,14 @@ def locate(r: dict[str, Any]) -> str:
     return section("Visual queries", note, table(["", *keys, "answered"], rows))
 
 
-SPEED = {"head": head, "grouping": grouping, "prompts": prompts, "path": path, "memory": memory}
+SPEED = {
+    "head": head,
+    "grouping": grouping,
+    "prompts": prompts,
+    "path": path,
+    "memory": memory,
+    "segmentation": segmentation,
+}
 QUALITY = {"retrieval": retrieval, "grouping": groupings, "locate": locate}
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from opsin.cards import ModelCard
-from opsin.cli import eval_segmentation as verb
+from opsin.cli import eval as verb
 from opsin.errors import IncompatibleModel, InputError, InvalidConfig, InvalidDataset, MissingFile
 from opsin.evaluation import segmentation, segmentation_data
 from opsin.evaluation.protocols import PROTOCOLS, Protocol, protocol

@@ -463,3 +463,15 @@ def test_a_frame_that_was_not_measured_has_no_score_in_json(model, frames, tmp_p
     assert rows[26]["box"][0] == pytest.approx((rows[25]["box"][0] + rows[27]["box"][0]) / 2, abs=2)
     assert rows[25]["score"] > 0
     assert data["skipped_frames"] == 1
+
+
+@pytest.mark.parametrize("tokens", ["pred", "proj", "both"])
+def test_region_tokens_can_be_what_is_compared(tokens):
+    frames = [torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    frames[2][:, 30:54, 40:70] = thing()
+    pictures = [(frame.permute(1, 2, 0).numpy() * 255).astype(np.uint8) for frame in frames]
+    track = locate(pictures, image=thing(), tokens=tokens, rate=None, device="cpu")
+    assert len(track.timeline) == 4
+    assert int(track.timeline[:, 1].argmax()) == 2
+    with pytest.raises(InvalidConfig, match="tokens"):
+        locate(pictures, image=thing(), tokens="words", device="cpu")

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Codec": "opsin.codec",
     "FeatureMap": "opsin.types",
+    "ImageCode": "opsin.codec",
     "ModelCard": "opsin.cards",
     "OpsinError": "opsin.errors",
     "Query": "opsin.types",
@@ -40,6 +42,7 @@ __all__ = [*sorted(_HOMES), "__version__"]
 if TYPE_CHECKING:
     from opsin.backbones import load as load_backbone
     from opsin.cards import ModelCard
+    from opsin.codec import Codec, ImageCode
     from opsin.errors import OpsinError
     from opsin.images import read_image
     from opsin.localization import locate

@@ -14,6 +14,7 @@ from opsin.regions.encoder import fourier_positions, grid_centres, pixel_prompts
 from opsin.regions.extent import mask_weights
 from opsin.regions.transfer import attention_pool
 from opsin.training.losses import contrastive_loss, feature_loss, region_targets
+from tests.parity.adapters_codec import codec_decode, codec_encode, codec_full, codec_losses
 from tests.parity.adapters_radio import radseg_align
 from tests.parity.adapters_radseg import (
     radseg_features,
@@ -23,7 +24,18 @@ from tests.parity.adapters_radseg import (
     radseg_scra,
 )
 
-__all__ = ["radseg_align", "radseg_features", "radseg_predict", "radseg_refine", "radseg_scga", "radseg_scra"]
+__all__ = [
+    "codec_decode",
+    "codec_encode",
+    "codec_full",
+    "codec_losses",
+    "radseg_align",
+    "radseg_features",
+    "radseg_predict",
+    "radseg_refine",
+    "radseg_scga",
+    "radseg_scra",
+]
 
 Array = np.ndarray
 

@@ -25,29 +25,36 @@ def tune(backbone: nn.Module) -> None:
         return
     AttentionInterface.register("opsin", _transformers_attention)
     network.set_attn_implementation("opsin")
-    layers = getattr(getattr(network, "encoder", None), "layer", ())
+    layers: Any = getattr(getattr(network, "encoder", None), "layer", [])
     if not len(layers) or not hasattr(layers[0], "layer_scale1"):
         return
     for layer in layers:
-        layer.norm1, layer.norm2 = RoundedNorm(layer.norm1), RoundedNorm(layer.norm2)
+        if isinstance(layer.norm1, RoundedNorm):
+            return
+        layer.norm1, layer.norm2 = (RoundedNorm(norm, _matrix(layer)) for norm in (layer.norm1, layer.norm2))
         layer.layer_scale1.float()
         layer.layer_scale2.float()
-    layers[-1].register_forward_hook(lambda module, given, tokens: tokens.to(weight.dtype))
+    layers[-1].register_forward_hook(lambda layer, given, tokens: tokens.to(_matrix(layer).weight.dtype))
+
+
+def _matrix(layer: Any) -> Any:
+    """One of the matrices of a block: its dtype is that of the block."""
+    return getattr(layer.attention, "attention", layer.attention).q_proj  # SCRA wraps the attention
 
 
 class RoundedNorm(nn.Module):
-    """A LayerNorm computed in float32, its result in the dtype that it had."""
+    """A LayerNorm computed in float32 at least, its result in the dtype of the layer that takes it."""
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: Any, taker: Any) -> None:
         super().__init__()
-        if isinstance(norm, RoundedNorm):
-            raise TypeError("tuned twice")
-        self.dtype, self.eps = norm.weight.dtype, norm.eps
-        self.weight = nn.Parameter(norm.weight.detach().float(), requires_grad=False)
-        self.bias = nn.Parameter(norm.bias.detach().float(), requires_grad=False)
+        self.eps, self.weight, self.bias = norm.eps, norm.weight, norm.bias
+        self.float()
+        self._taker = (taker,)  # in a tuple: not registered a second time
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.layer_norm(tokens.float(), tokens.shape[-1:], self.weight, self.bias, self.eps).to(self.dtype)
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        found = F.layer_norm(tokens.to(wide), tokens.shape[-1:], self.weight.to(wide), self.bias.to(wide), self.eps)
+        return found.to(self._taker[0].weight.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -70,15 +77,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     return out
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
+    """torch's attention, or :func:`attend` where that is the faster one."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled():
+        return attend(query, key, value, scaling)
+    return F.scaled_dot_product_attention(query, key, value, scale=scaling)
+
+
 def _transformers_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What :func:`attend` is for ``transformers``; with a mask, dropout or gradients its usual one."""
+    """:func:`attention` for ``transformers``; with a mask or dropout its usual one."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    plain = attention_mask is None and not options.get("dropout") and not options.get("is_causal")
-    if not plain or query.dtype != torch.bfloat16 or query.device.type != "cpu" or torch.is_grad_enabled():
+    if attention_mask is not None or options.get("dropout") or options.get("is_causal"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    scaling = options.get("scaling")
-    found = attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return found.transpose(1, 2), None
+    return attention(query, key, value, options.get("scaling")).transpose(1, 2), None

@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, help="least score of a confident occurrence (default: the library's)"
     )
     parser.add_argument("--size", type=int, help="side of the square model input (default: the library's)")
+    parser.add_argument(
+        "--tokens", choices=("features", "pred", "proj", "both"),
+        help="what places are compared by: backbone features, region tokens, or both (default: the library's)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="write the result to this JSON file")
     parser.add_argument("--clip", type=Path, help="write an annotated mp4")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet PNG")
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Locate, write what was asked for, print the result. Not finding the object is an answer, not a failure."""
     from opsin.localization import locate, query_picture, recorded, render, save_track
 
-    given = {"rate": args.rate, "threshold": args.threshold, "size": args.size}
+    given = {"rate": args.rate, "threshold": args.threshold, "size": args.size, "tokens": args.tokens}
     with recorded(args.video, args.duration) as video:  # a live source is recorded once and drawn from the recording
         track = locate(
             video, image=args.image, frame=args.frame, box=args.box, point=args.point, search=args.search,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opsin.regions import RegionModel
 
 Kind = Literal["pred", "proj", "features", "both"]
+PROMPT_STEP = 2  # cells from one prompt to the next: a token speaks for a region, and every second costs a quarter
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,8 @@ def dense_tokens(
 ) -> list[DenseTokens]:
     """One token per cell of the backbone's grid for each of ``pictures (3, H, W)`` uint8 or float in [0, 1].
 
+    Region tokens are asked at every second cell and interpolated between.
+
     ``kind``: ``"pred"`` or ``"proj"`` region tokens, the backbone's ``"features"``, or ``"both"``: features and pred.
     """
     maps = model.features([p.float() / 255 if p.dtype == torch.uint8 else p for p in pictures], size=size)
@@ -55,10 +58,12 @@ def dense_tokens(
         features = runtime.to_model(feature_map.features, model.encoder)[None]
         parts = [] if kind in ("pred", "proj") else [features]
         if kind != "features":
-            points = grid_centres(feature_map.grid, features.device)[None]
-            output = model.encoder(features, points)
+            h, w = feature_map.grid
+            asked = max(1, h // PROMPT_STEP), max(1, w // PROMPT_STEP)
+            output = model.encoder(features, grid_centres(asked, features.device)[None])
             chosen = output.proj_tokens if kind == "proj" else output.pred_tokens
-            parts.append(chosen.transpose(1, 2).unflatten(-1, feature_map.grid))
+            tokens = chosen.transpose(1, 2).unflatten(-1, asked)
+            parts.append(F.interpolate(tokens, feature_map.grid, mode="bilinear"))
         unit = torch.cat([F.normalize(p.float(), dim=1) for p in parts], 1)[0].cpu()
         results.append(DenseTokens(unit / len(parts) ** 0.5, feature_map.transform))
     return results

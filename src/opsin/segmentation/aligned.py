@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opsin import backbones, hub
-from opsin.backbones import Backbone
+from opsin.backbones import Backbone, half
 from opsin.backbones.adaptors import Adaptor
 from opsin.backbones.alignment import OWN_SPACE, OwnValues, last_attention, projection_and_scale, take_head
 from opsin.cards import ModelCard, catalogue
@@ -226,6 +226,9 @@ def from_pretrained(
     aligned = AlignedBackbone(
         backbone, language or "", text=text, projection=projection, logit_scale=scale or LOGIT_SCALE
     )
+    if next(backbone.parameters()).dtype == torch.bfloat16 and next(backbone.parameters()).device.type == "cpu":
+        half.tune(backbone)
+        aligned.head.float()  # rounding near the words changes labels most, and the head is small
     aligned.scra = scaling
     return aligned
 

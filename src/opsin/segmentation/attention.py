@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opsin.backbones import half
 from opsin.errors import InvalidConfig
 
 _BLOCK_BYTES = 4 << 20  # of one block of the correlation matrix: it fits the cache, and memory does not grow with N²
@@ -86,7 +87,7 @@ class SelfCorrelatingAttention(nn.Module):
             layer(hidden_states).view(batch, count, self.heads, -1).transpose(1, 2)
             for layer in (a.q_proj, a.k_proj, a.v_proj)
         )
-        first = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, count, -1)
+        first = half.attention(q, k, v).transpose(1, 2).reshape(batch, count, -1)
         unit = F.normalize(project(first).view(batch, count, self.heads, -1), dim=-1).transpose(1, 2)
         unit, v = (t.reshape(batch * self.heads, count, -1) for t in (unit, v))
         again = correlate(unit, v, check_scaling(self.scaling)).view(batch, self.heads, count, -1)

@@ -31,7 +31,7 @@ Words = str | Sequence[str] | Mapping[str, Sequence[str]] | Labels
 # What competes with a single label when nothing else is named: the canonical phrases of LERF (arXiv 2303.09553).
 OTHER = ("object", "things", "stuff", "texture")
 _BACKGROUND = "(background)"
-_ALIGN_ROWS = 16384  # locations that go through the head to the words at a time
+_ALIGN_ROWS = 4096  # locations that go through the head to the words at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class Segmenter(nn.Module):
         scga: float | None = None,
         longest: int | None = None,
         refine: bool = False,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         compat: Literal["published"] | None = None,
     ) -> list[SegmentationFeatures]:
         """Encode images of any sizes, once; in order.
@@ -132,7 +132,8 @@ class Segmenter(nn.Module):
             scga: scaling of the global aggregation, 0 for none; by default the card's.
             longest: shrink images whose longest side is above this many pixels first (labels still have every pixel).
             refine: also compute what RADSeg+ needs, one pass at 1024 pixels.
-            batch_size: windows that go together, of whichever image; halved when memory runs out.
+            batch_size: windows that go together, of whichever image; halved when memory runs out. By default 2 on a
+                CPU, whose caches hold no more, and 16 elsewhere.
             compat: ``"published"`` takes SCGA's mean over all images, and floors the size that SAM sees.
 
         Raises:
@@ -149,7 +150,7 @@ class Segmenter(nn.Module):
             crop=self.card.crop if crop is None else crop,
             stride=self.card.stride if stride is None else stride,
             patch=self.aligned.patch_size,
-            batch_size=batch_size,
+            batch_size=batch_size or (2 if next(self.aligned.head.parameters()).device.type == "cpu" else 16),
         )
         scaling = self.card.scga if scga is None else scga
         if scaling:

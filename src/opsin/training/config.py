@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opsin.errors import InvalidConfig, MissingExtra, MissingFile, near_misses
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 KINDS = ("bsds", "masks", "coco", "coco-panoptic", "mosaic", "sam2", "video")
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
@@ -21,56 +26,56 @@ def _option(default: Any, text: str) -> Any:
 class RegionTrainingConfig:
     """Everything that a training run of a region encoder depends on. Defaults are the published recipe (REN, §3)."""
 
-    backbone: str = _option("", "frozen backbone: catalogue name, hf:org/repo@rev or dir:/path (required)")
-    out: str = _option("", "folder for the model; state, log and tracking go to its sub-folder training (required)")
-    name: str = _option("", "name of the model; empty: the name of the folder")
-    train: tuple[str, ...] = _option((), "sources kind:path, see below (required)")
-    weights: tuple[float, ...] = _option((), "share of the draws of each source; empty: equal")
-    val: tuple[str, ...] = _option((), "sources to validate on")
-    image_size: int | None = _option(None, "side of the square input in pixels; null: the backbone's")
-    batch_size: int = _option(16, "photographs per process and micro-step (two views each)")
-    accumulation: int = _option(1, "micro-steps per optimiser step")
-    epochs: float = _option(50.0, "passes over the training photographs, unless steps is given")
-    steps: int | None = _option(None, "optimiser steps; null: from epochs")
-    lr: float = _option(1e-3, "peak learning rate of AdamW")
-    weight_decay: float = _option(0.01, "weight decay of AdamW")
-    warmup_steps: int = _option(100, "steps of linear warm-up, followed by a cosine to zero")
-    max_grad_norm: float = _option(5.0, "gradients are clipped to this norm; 0: never")
-    max_prompts: int = _option(256, "random prompts per view")
-    temperature: float = _option(0.1, "temperature of the contrastive loss")
-    contrastive_weight: float = _option(1.0, "weight of the contrastive loss (pred tokens, within an image)")
-    feature_weight: float = _option(1.0, "weight of the feature loss (proj tokens, towards the backbone)")
-    semantic_weight: float = _option(0.0, "weight of the contrast between categories across images (pred tokens)")
-    semantic_temperature: float = _option(0.1, "temperature of that contrast")
-    pred_feature_weight: float = _option(0.0, "weight of the distance of pred tokens to the backbone's mean features")
-    heads: int = _option(8, "attention heads of the region encoder")
-    layers: int = _option(4, "layers of the region encoder")
-    dropout: float = _option(0.1, "dropout of the region encoder")
-    start: str = _option("published", "published: random weights; pooling: tokens begin as a mean around them")
-    init: str = _option("", "region model whose encoder to start from: dir:/path or a regions.safetensors")
-    flip: float = _option(0.5, "probability of a mirrored view")
-    jitter: float = _option(0.4, "strength of brightness, contrast and saturation changes; 0: no colour change at all")
-    rotation: float = _option(45.0, "largest rotation of a view in degrees")
-    shear: float = _option(15.0, "largest shear of a view in degrees")
-    crop: float = _option(0.3, "smallest side of a view as a fraction of the photograph")
-    mosaic_tiles: tuple[int, ...] = _option((4, 16), "fewest and most photographs on a mosaic")
-    classes_per_batch: int = _option(32, "classes that the mosaics of one batch draw from")
-    sam2_model: str = _option("hf:facebook/sam2.1-hiera-large", "model that makes the masks of sam2: and video:")
-    mask_cache: str = _option("", "folder of the mask caches; empty: masks in the cache folder of opsin")
-    video_interval: float = _option(15.0, "seconds between the frames that a video: source takes")
-    cache_mb: int = _option(512, "memory for decoded photographs, per process")
-    seed: int = _option(42, "of everything random: same seed, same run")
-    device: str | None = _option(None, "device; null: the machine's accelerator, else the CPU")
-    dtype: str = _option("auto", "auto, float32 or bfloat16: precision of backbone and encoder under autocast")
-    workers: int = _option(0, "processes that prepare batches; 0: none")
-    validate_every: int = _option(50, "steps between validations")
-    validation_batches: int = _option(10, "batches per validation, always the same ones")
-    save_every: int = _option(100, "steps between saved states, from which a killed run goes on")
-    keep: str = _option("best", "best: the model of the lowest validation loss; last: of the last step")
-    resume: bool = _option(True, "go on from a saved state in out; false: begin again")
-    embed_backbone: bool = _option(False, "copy the backbone into the model folder, which then stands alone")
-    tracker: str = _option("none", "none, tensorboard or wandb (offline unless WANDB_MODE says otherwise)")
-    compat: str | None = _option(None, "published: null prompts, mask edges, schedule, clipping as in the REN release")
+    backbone: str = option("", "frozen backbone: catalogue name, hf:org/repo@rev or dir:/path (required)")
+    out: str = option("", "folder for the model; state, log and tracking go to its sub-folder training (required)")
+    name: str = option("", "name of the model; empty: the name of the folder")
+    train: tuple[str, ...] = option((), "sources kind:path, see below (required)")
+    weights: tuple[float, ...] = option((), "share of the draws of each source; empty: equal")
+    val: tuple[str, ...] = option((), "sources to validate on")
+    image_size: int | None = option(None, "side of the square input in pixels; null: the backbone's")
+    batch_size: int = option(16, "photographs per process and micro-step (two views each)")
+    accumulation: int = option(1, "micro-steps per optimiser step")
+    epochs: float = option(50.0, "passes over the training photographs, unless steps is given")
+    steps: int | None = option(None, "optimiser steps; null: from epochs")
+    lr: float = option(1e-3, "peak learning rate of AdamW")
+    weight_decay: float = option(0.01, "weight decay of AdamW")
+    warmup_steps: int = option(100, "steps of linear warm-up, followed by a cosine to zero")
+    max_grad_norm: float = option(5.0, "gradients are clipped to this norm; 0: never")
+    max_prompts: int = option(256, "random prompts per view")
+    temperature: float = option(0.1, "temperature of the contrastive loss")
+    contrastive_weight: float = option(1.0, "weight of the contrastive loss (pred tokens, within an image)")
+    feature_weight: float = option(1.0, "weight of the feature loss (proj tokens, towards the backbone)")
+    semantic_weight: float = option(0.0, "weight of the contrast between categories across images (pred tokens)")
+    semantic_temperature: float = option(0.1, "temperature of that contrast")
+    pred_feature_weight: float = option(0.0, "weight of the distance of pred tokens to the backbone's mean features")
+    heads: int = option(8, "attention heads of the region encoder")
+    layers: int = option(4, "layers of the region encoder")
+    dropout: float = option(0.1, "dropout of the region encoder")
+    start: str = option("published", "published: random weights; pooling: tokens begin as a mean around them")
+    init: str = option("", "region model whose encoder to start from: dir:/path or a regions.safetensors")
+    flip: float = option(0.5, "probability of a mirrored view")
+    jitter: float = option(0.4, "strength of brightness, contrast and saturation changes; 0: no colour change at all")
+    rotation: float = option(45.0, "largest rotation of a view in degrees")
+    shear: float = option(15.0, "largest shear of a view in degrees")
+    crop: float = option(0.3, "smallest side of a view as a fraction of the photograph")
+    mosaic_tiles: tuple[int, ...] = option((4, 16), "fewest and most photographs on a mosaic")
+    classes_per_batch: int = option(32, "classes that the mosaics of one batch draw from")
+    sam2_model: str = option("hf:facebook/sam2.1-hiera-large", "model that makes the masks of sam2: and video:")
+    mask_cache: str = option("", "folder of the mask caches; empty: masks in the cache folder of opsin")
+    video_interval: float = option(15.0, "seconds between the frames that a video: source takes")
+    cache_mb: int = option(512, "memory for decoded photographs, per process")
+    seed: int = option(42, "of everything random: same seed, same run")
+    device: str | None = option(None, "device; null: the machine's accelerator, else the CPU")
+    dtype: str = option("auto", "auto, float32 or bfloat16: precision of backbone and encoder under autocast")
+    workers: int = option(0, "processes that prepare batches; 0: none")
+    validate_every: int = option(50, "steps between validations")
+    validation_batches: int = option(10, "batches per validation, always the same ones")
+    save_every: int = option(100, "steps between saved states, from which a killed run goes on")
+    keep: str = option("best", "best: the model of the lowest validation loss; last: of the last step")
+    resume: bool = option(True, "go on from a saved state in out; false: begin again")
+    embed_backbone: bool = option(False, "copy the backbone into the model folder, which then stands alone")
+    tracker: str = option("none", "none, tensorboard or wandb (offline unless WANDB_MODE says otherwise)")
+    compat: str | None = option(None, "published: null prompts, mask edges, schedule, clipping as in the REN release")
 
     def __post_init__(self) -> None:
         for key in ("train", "val", "weights", "mosaic_tiles"):  # configuration files know lists only
@@ -80,29 +85,23 @@ class RegionTrainingConfig:
                 raise InvalidConfig(f'"{key}" must be given', remedy="opsin train regions --help lists every key.")
         for key in ("batch_size", "accumulation", "max_prompts", "heads", "layers", "validate_every", "save_every",
                     "validation_batches", "classes_per_batch"):
-            self._at_least(key, 1)
+            at_least(self, key, 1)
         for key in ("image_size", "steps"):
             if getattr(self, key) is not None:
-                self._at_least(key, 1)
+                at_least(self, key, 1)
         for key in ("warmup_steps", "workers", "cache_mb", "max_grad_norm", "weight_decay", "seed"):
-            self._at_least(key, 0)
+            at_least(self, key, 0)
         for key in ("contrastive_weight", "feature_weight", "semantic_weight", "pred_feature_weight"):
-            self._at_least(key, 0)
+            at_least(self, key, 0)
         for key in ("epochs", "lr", "temperature", "semantic_temperature", "video_interval", "crop"):
-            if not getattr(self, key) > 0:
-                raise InvalidConfig(f"{key} is positive", got=getattr(self, key))
+            positive(self, key)
         for key, limit in (("dropout", 1), ("flip", 1), ("crop", 1), ("jitter", 1), ("rotation", 180), ("shear", 44)):
-            if not 0 <= getattr(self, key) <= limit:
-                raise InvalidConfig(f"{key} lies in [0, {limit}]", got=getattr(self, key))
-        for key, allowed in (
-            ("dtype", ("auto", "float32", "bfloat16")),
-            ("keep", ("best", "last")),
-            ("start", ("published", "pooling")),
-            ("tracker", ("none", "tensorboard", "wandb")),
-            ("compat", (None, "published")),
-        ):
-            if getattr(self, key) not in allowed:
-                raise InvalidConfig(f"{key} is one of {', '.join(str(a) for a in allowed)}", got=getattr(self, key))
+            within(self, key, limit)
+        one_of(self, "dtype", "auto", "float32", "bfloat16")
+        one_of(self, "keep", "best", "last")
+        one_of(self, "start", "published", "pooling")
+        one_of(self, "tracker", "none", "tensorboard", "wandb")
+        one_of(self, "compat", None, "published")
         for spec in (*self.train, *self.val):
             parse_source(spec)
         if self.weights and (len(self.weights) != len(self.train) or min(self.weights) < 0 or not sum(self.weights)):
@@ -110,14 +109,34 @@ class RegionTrainingConfig:
         if len(self.mosaic_tiles) != 2 or not 1 <= self.mosaic_tiles[0] <= self.mosaic_tiles[1]:
             raise InvalidConfig("mosaic_tiles is [fewest, most]", got=list(self.mosaic_tiles))
 
-    def _at_least(self, key: str, low: int) -> None:
-        value = getattr(self, key)
-        if not value >= low or not math.isfinite(value):
-            raise InvalidConfig(f"{key} is at least {low}", got=value)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, lists for tuples."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def at_least(config: Any, key: str, low: float) -> None:
+    """``InvalidConfig`` unless the value of ``key`` is finite and at least ``low``."""
+    value = getattr(config, key)
+    if not value >= low or not math.isfinite(value):
+        raise InvalidConfig(f"{key} is at least {low}", got=value)
+
+
+def positive(config: Any, key: str) -> None:
+    """``InvalidConfig`` unless the value of ``key`` is greater than 0."""
+    if not getattr(config, key) > 0:
+        raise InvalidConfig(f"{key} is positive", got=getattr(config, key))
+
+
+def within(config: Any, key: str, limit: float) -> None:
+    """``InvalidConfig`` unless the value of ``key`` lies in [0, ``limit``]."""
+    if not 0 <= getattr(config, key) <= limit:
+        raise InvalidConfig(f"{key} lies in [0, {limit}]", got=getattr(config, key))
+
+
+def one_of(config: Any, key: str, *allowed: Any) -> None:
+    """``InvalidConfig`` unless the value of ``key`` is one of ``allowed``."""
+    if getattr(config, key) not in allowed:
+        raise InvalidConfig(f"{key} is one of {', '.join(str(a) for a in allowed)}", got=getattr(config, key))
 
 
 def parse_source(spec: str) -> tuple[str, str, str]:
@@ -138,24 +157,32 @@ def load_config(overrides: Sequence[str] = (), file: str | Path | None = None) -
     Raises ``InvalidConfig`` for unknown keys (with the near misses), wrong types and contradictions, ``MissingExtra``
     without hydra-core, ``MissingFile`` for a file that is not there. Reads no weight and no data.
     """
+    return fill(RegionTrainingConfig, {**read_yaml(file), **read_overrides(overrides)}, "opsin train regions")
+
+
+def read_yaml(file: str | Path | None) -> dict[str, Any]:
+    """Keys and values of a YAML file; nothing for None. Raises as :func:`load_config` does."""
+    if file is None:
+        return {}
+    with _hydra():
+        from omegaconf import OmegaConf
+    if not Path(file).is_file():
+        raise MissingFile("A configuration file must exist", got=file)
     try:
+        content = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except Exception as error:  # YAML's own exceptions have no common base with OmegaConf's
+        raise InvalidConfig("A configuration file is YAML", got=f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidConfig("A configuration file holds keys and values", got=file)
+    return {str(k): v for k, v in content.items()}
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Hydra-style ``key=value`` words as keys and values. Raises as :func:`load_config` does."""
+    with _hydra():
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-    except ImportError as error:
-        raise MissingExtra.of("hydra-core", "train", "read training options") from error
     values: dict[str, Any] = {}
-    if file is not None:
-        if not Path(file).is_file():
-            raise MissingFile("A configuration file must exist", got=file)
-        try:
-            content = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-        except Exception as error:  # YAML's own exceptions have no common base with OmegaConf's
-            raise InvalidConfig("A configuration file is YAML", got=f"{file}: {error}") from error
-        if not isinstance(content, dict):
-            raise InvalidConfig("A configuration file holds keys and values", got=file)
-        values.update({str(k): v for k, v in content.items()})
     parser = OverridesParser.create()
     for text in overrides:
         try:
@@ -168,27 +195,44 @@ def load_config(overrides: Sequence[str] = (), file: str | Path | None = None) -
         if override.is_add() or override.is_delete() or override.is_sweep_override():
             raise InvalidConfig("An option is written key=value, without + or ~ and without sweeps", got=repr(text))
         values[override.key_or_group] = value
-    types = {f.name: str(f.type) for f in fields(RegionTrainingConfig)}
+    return values
+
+
+def fill(kind: type[C], values: Mapping[str, Any], command: str) -> C:
+    """The configuration ``kind`` (a dataclass) of ``command`` with ``values``, whose names and types are checked."""
+    with _hydra():
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+    values = dict(values)
+    types = {f.name: str(f.type) for f in fields(kind)}
     for key in values:
         if key not in types:
-            remedy = near_misses(key, types) or "opsin train regions --help lists every key."
-            raise InvalidConfig("Options of opsin train regions have known names", got=repr(key), remedy=remedy)
+            remedy = near_misses(key, types) or f"{command} --help lists every key."
+            raise InvalidConfig(f"Options of {command} have known names", got=repr(key), remedy=remedy)
         if types[key].startswith("tuple") and not isinstance(values[key], list):
             values[key] = [values[key]]
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(RegionTrainingConfig), values))
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(kind), values))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", "") or "?"
         raise InvalidConfig(
             f"{key} is of type {types.get(key.split('[')[0], '?')}", got=repr(values.get(key.split("[")[0]))
         ) from error
-    return RegionTrainingConfig(**merged)  # type: ignore[arg-type]
+    return kind(**merged)  # type: ignore[arg-type]
 
 
-def describe() -> str:
+@contextmanager
+def _hydra() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtra.of("hydra-core", "train", "read training options") from error
+
+
+def describe(kind: type[DataclassInstance] = RegionTrainingConfig) -> str:
     """All keys with their defaults and meanings, for ``--help``."""
     lines = []
-    for entry in fields(RegionTrainingConfig):
+    for entry in fields(kind):
         value: Any = entry.default
         if isinstance(value, bool) or value is None:
             value = "null" if value is None else str(value).lower()

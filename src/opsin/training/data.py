@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from opsin.masks.maps import RegionMaps, regions_at, soft_masks
 from opsin.masks.sources import Sample, Source
 from opsin.training.views import Augmentation, draw_view, make_views
 
+T = TypeVar("T")
 ATTEMPTS = 100  # broken photographs in a row after which a data set is given up
 
 
@@ -140,27 +142,27 @@ class Memory:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
-        self.samples: OrderedDict[tuple[int, int], Sample] = OrderedDict()
+        self.samples: OrderedDict[Hashable, Any] = OrderedDict()
 
-    def get(self, key: tuple[int, int]) -> Sample | None:
+    def get(self, key: Hashable) -> Any:
         """The sample, now the most recently used."""
         if key in self.samples:
             self.samples.move_to_end(key)
         return self.samples.get(key)
 
-    def put(self, key: tuple[int, int], sample: Sample) -> None:
-        """Keep a sample, letting go of the oldest ones beyond the limit."""
+    def put(self, key: Hashable, sample: Sample | np.ndarray) -> None:
+        """Keep a sample or an array, letting go of the oldest ones beyond the limit."""
         self.samples[key] = sample
         self.used += self._bytes(sample)
         while self.used > self.limit and self.samples:
             self.used -= self._bytes(self.samples.popitem(last=False)[1])
 
     @staticmethod
-    def _bytes(sample: Sample) -> int:
-        return sample.image.nbytes + sample.regions.layers.nbytes
+    def _bytes(sample: Sample | np.ndarray) -> int:
+        return sample.nbytes if isinstance(sample, np.ndarray) else sample.image.nbytes + sample.regions.layers.nbytes
 
 
-def loader(batches: Batches, start: int, stop: int, workers: int) -> DataLoader[Batch]:
+def loader(batches: Dataset[T], start: int, stop: int, workers: int) -> DataLoader[T]:
     """Batches ``start`` to ``stop`` in order, prepared by ``workers`` spawned processes (0: by this one)."""
     options = {"multiprocessing_context": "spawn", "prefetch_factor": 2} if workers else {}
     # batch_size None: the data set already makes whole batches.

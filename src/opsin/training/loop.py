@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from opsin import hub
 from opsin.errors import InvalidConfig, MissingExtra, ResourceError
+from opsin.images import to_pil
 from opsin.runtime import progress
 from opsin.training import losses
 from opsin.training.config import RegionTrainingConfig
@@ -152,20 +153,20 @@ class Loop:
         model = accelerator.prepare(Objective(self.encoder, c, self.dtype))
         batches = loader(self.train, self.step * c.accumulation, self.total * c.accumulation, c.workers)
         stream, last = iter(batches), {}
-        with self._log() as log:
+        with open_log(c, self.folder, self.step, accelerator.is_main_process) as log:
             left = range(self.step, self.total)
             for _ in progress(left, total=len(left), description="train", unit="step"):
                 started = time.perf_counter()
                 last = self._step(model, stream)
                 self.step += 1
-                log({**last, "seconds": time.perf_counter() - started})
+                log({**last, "seconds": time.perf_counter() - started}, self.step)
                 if self.val is not None and (self.step % c.validate_every == 0 or self.step == self.total):
                     result = self._validate(model)
                     better = result["loss"] <= self.best
                     self.best = min(self.best, result["loss"])
                     if better and c.keep == "best" and accelerator.is_main_process:
                         self.export(self.encoder)
-                    log({f"val_{k}": v for k, v in result.items()})
+                    log({f"val_{k}": v for k, v in result.items()}, self.step)
                 if self.step % c.save_every == 0 or self.step == self.total:
                     if accelerator.is_main_process and (self.val is None or c.keep == "last"):
                         self.export(self.encoder)
@@ -190,12 +191,7 @@ class Loop:
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.detach() / c.accumulation
         loss = float(sums["loss"])
-        if not math.isfinite(loss):
-            raise ResourceError(
-                "The training loss stays finite",
-                got=f"{loss} at step {self.step}",
-                remedy="Lower lr, or use dtype=float32.",
-            )
+        need_finite(loss, self.step)
         norm = float(nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None]))
         factor = clip_factor(norm, c.max_grad_norm, self.step, published=published)
         if factor != 1:
@@ -253,35 +249,55 @@ class Loop:
         if not path.exists():
             return
         state = hub.load_pickle(path)
-        now, then = self.config.to_dict(), state["config"]
-        changed = [k for k in now if k not in FREE_KEYS and now[k] != then.get(k)]
-        if changed:
-            key = changed[0]
-            raise InvalidConfig(
-                f"A run goes on with the options it was begun with; {key} was {then.get(key)!r}",
-                got=repr(now[key]),
-                remedy="Give the old value, another out, or resume=false to begin again.",
-            )
+        same_options(self.config.to_dict(), state["config"], FREE_KEYS)
         self.encoder.load_state_dict(state["encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best, self.skipped = state["step"], state["best"], dict(state["skipped"])
 
-    @contextmanager
-    def _log(self) -> Iterator[Callable[[Mapping[str, float]], None]]:
-        """A function that writes one line of ``log.jsonl`` (and to the tracker) for the current step."""
-        if not self.accelerator.is_main_process:
-            yield lambda values: None
-            return
-        path = self.folder / "log.jsonl"
-        _forget_after(path, self.step)
-        with path.open("a") as file, tracker(self.config, self.folder) as track:
 
-            def log(values: Mapping[str, float]) -> None:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+def need_finite(loss: float, step: int) -> None:
+    """``ResourceError`` for a loss that is infinite or not a number."""
+    if not math.isfinite(loss):
+        raise ResourceError(
+            "The training loss stays finite", got=f"{loss} at step {step}", remedy="Lower lr, or use dtype=float32."
+        )
+
+
+def same_options(now: Mapping[str, Any], then: Mapping[str, Any], free: Collection[str]) -> None:
+    """``InvalidConfig`` when an option other than the ``free`` ones differs from what the run was begun with."""
+    for key, value in now.items():
+        if key not in free and value != then.get(key):
+            raise InvalidConfig(
+                f"A run goes on with the options it was begun with; {key} was {then.get(key)!r}",
+                got=repr(value),
+                remedy="Give the old value, another out, or resume=false to begin again.",
+            )
+
+
+Record = Callable[[Mapping[str, Any], int], None]  # values by name, and the step that they belong to
+
+
+@contextmanager
+def open_log(config: Any, folder: Path, step: int, writes: bool = True) -> Iterator[Record]:
+    """A function that writes values of a step to ``log.jsonl`` and the tracker; with ``writes=False`` it does nothing.
+
+    Images ``(3, H, W)`` go to the tracker only. What was logged after ``step`` by a run that was killed is dropped.
+    """
+    if not writes:
+        yield lambda values, step: None
+        return
+    path = folder / "log.jsonl"
+    _forget_after(path, step)
+    with path.open("a") as file, tracker(config, folder) as track:
+
+        def log(values: Mapping[str, Any], step: int) -> None:
+            numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+            if numbers:
+                file.write(json.dumps({"step": step, **numbers}) + "\n")
                 file.flush()
-                track(values, self.step)
+            track(values, step)
 
-            yield log
+        yield log
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -298,8 +314,8 @@ def _forget_after(path: Path, step: int) -> None:
 
 
 @contextmanager
-def tracker(config: RegionTrainingConfig, folder: Path) -> Iterator[Callable[[Mapping[str, float], int], None]]:
-    """A function that records values at a step with what ``config.tracker`` names; nothing for ``none``."""
+def tracker(config: Any, folder: Path) -> Iterator[Record]:
+    """A function that records numbers and images at a step with what ``config.tracker`` names; nothing for ``none``."""
     if config.tracker == "tensorboard":
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -307,9 +323,9 @@ def tracker(config: RegionTrainingConfig, folder: Path) -> Iterator[Callable[[Ma
             raise MissingExtra.of("tensorboard", "train", "track a training run") from error
         with SummaryWriter(str(folder / "tensorboard")) as writer:
 
-            def write(values: Mapping[str, float], step: int) -> None:
+            def write(values: Mapping[str, Any], step: int) -> None:
                 for name, value in values.items():
-                    writer.add_scalar(name, value, step)
+                    (writer.add_image if isinstance(value, Tensor) else writer.add_scalar)(name, value, step)
 
             yield write
     elif config.tracker == "wandb":
@@ -318,7 +334,13 @@ def tracker(config: RegionTrainingConfig, folder: Path) -> Iterator[Callable[[Ma
         except ImportError as error:
             raise MissingExtra.of("wandb", "wandb", "track a training run") from error
         mode = os.environ.get("WANDB_MODE", "offline")
-        with wandb.init(project="opsin", name=config.name, dir=folder, config=config.to_dict(), mode=mode) as run:
-            yield lambda values, step: run.log(dict(values), step=step)
+        project = getattr(config, "project", "opsin")
+        with wandb.init(project=project, name=config.name, dir=folder, config=config.to_dict(), mode=mode) as run:
+
+            def send(values: Mapping[str, Any], step: int) -> None:
+                shown = {k: wandb.Image(to_pil(v)) if isinstance(v, Tensor) else v for k, v in values.items()}
+                run.log(shown, step=step)
+
+            yield send
     else:
         yield lambda values, step: None
