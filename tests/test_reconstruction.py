@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from opsin.cli import eval_reconstruction, train_codec
+from opsin.cli import eval_reconstruction, train
 from opsin.codec import Codec, CodecConfig
 from opsin.codec import measures as m
 from opsin.errors import InvalidConfig, InvalidDataset, InvalidImage
@@ -179,10 +179,10 @@ def test_wrong_arguments(folder, tmp_path):
 
 def test_the_training_verb(folder, tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    train_codec.add_arguments(parser)
-    assert train_codec.run(parser.parse_args(["--check", f"out={tmp_path}", "train_cfg=published-train"])) == 0
+    train.add_arguments(parser)
+    assert train.run(parser.parse_args(["codec", "--check", f"out={tmp_path}", "train_cfg=published-train"])) == 0
     assert json.loads(capsys.readouterr().out)["compat"] == "published"
-    assert train_codec.run(parser.parse_args(["--check", "out=x"]), "finetune") == 0
+    assert train.run(parser.parse_args(["codec", "--check", "out=x"]), "finetune") == 0
     assert json.loads(capsys.readouterr().out)["image_size"] == [512]
     words = [f"out={tmp_path}/run", f"train={folder}/photos", f"init=dir:{folder}/toy", "image_size=32", "steps=1",
              "batch_size=7", "workers=0", "device=cpu", "holdout=0"]  # fmt: skip
