@@ -182,11 +182,11 @@ def test_the_training_verb(folder, tmp_path, capsys):
     train.add_arguments(parser)
     assert train.run(parser.parse_args(["codec", "--check", f"out={tmp_path}", "train_cfg=published-train"])) == 0
     assert json.loads(capsys.readouterr().out)["compat"] == "published"
-    assert train.run(parser.parse_args(["codec", "--check", "out=x"]), "finetune") == 0
+    assert train.run(parser.parse_args(["finetune", "--check", "out=x"])) == 0
     assert json.loads(capsys.readouterr().out)["image_size"] == [512]
     words = [f"out={tmp_path}/run", f"train={folder}/photos", f"init=dir:{folder}/toy", "image_size=32", "steps=1",
              "batch_size=7", "workers=0", "device=cpu", "holdout=0"]  # fmt: skip
-    status = train_codec.run(parser.parse_args([*words, "--json"]), "finetune")
+    status = train.run(parser.parse_args(["finetune", *words, "--json"]))
     assert status == 1  # one of the files is no photograph
     assert list(json.loads(capsys.readouterr().out)["skipped"]) == ["broken.jpg"]
     assert Codec.from_pretrained(f"dir:{tmp_path}/run").dim == 32

@@ -19,6 +19,7 @@ KINDS = ("bsds", "masks", "coco", "coco-panoptic", "mosaic", "sam2", "video")
 
 
 def option(default: Any, text: str) -> Any:
+    """A field with its help."""
     return field(default=default, metadata={"help": text})
 
 
