@@ -77,6 +77,7 @@ def test_help_lists_every_key_and_the_example_is_valid(capsys):
     text = capsys.readouterr().out
     for key in RegionTrainingConfig.__dataclass_fields__:
         assert f"  {key}=" in text
-    lines = command.EXAMPLE.split("opsin train regions ", 1)[1].split("\n\n")[0].replace("\\\n", " ").replace("'", "")
+    example = command.REGION_EXAMPLE.split("opsin train regions ", 1)[1].split("\n\n")[0]
+    lines = example.replace("\\\n", " ").replace("'", "")
     assert command.run(parse("regions", *lines.split(), "--check")) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 20000

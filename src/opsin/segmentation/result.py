@@ -159,7 +159,7 @@ class Segmentation:
         try:
             import supervision
         except ImportError as error:
-            raise MissingExtra.of("supervision", "plot", "convert to supervision") from error
+            raise MissingExtra.of("supervision", "supervision", "convert to supervision") from error
         from opsin.geometry import mask_boxes
 
         ids: Sequence[int] = [i for i in self.labels.unique().tolist() if i >= 0]

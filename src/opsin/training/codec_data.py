@@ -98,7 +98,7 @@ def load_hub(repo: str, split: str, *, streaming: bool) -> tuple[Any, str]:
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtra.of("datasets", "train", "read data sets from the Hugging Face hub") from error
+        raise MissingExtra.of("datasets", "data", "read data sets from the Hugging Face hub") from error
     try:
         rows = datasets.load_dataset(repo, split=split, streaming=streaming)
     except Exception as error:  # it passes on exceptions of a dozen libraries
