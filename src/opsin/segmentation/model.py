@@ -16,7 +16,7 @@ from opsin import images as im
 from opsin.cards import ModelCard
 from opsin.errors import IncompatibleModel, InvalidConfig, UnsupportedSize
 from opsin.geometry import Size
-from opsin.runtime import to_model
+from opsin.runtime import fast_matmul, to_model
 from opsin.segmentation import aligned as alignment
 from opsin.segmentation import prediction, sam
 from opsin.segmentation.aggregation import aggregate
@@ -143,23 +143,24 @@ class Segmenter(nn.Module):
         if longest is not None and longest < self.aligned.patch_size:
             raise InvalidConfig("longest is at least one patch", got=longest)
         pictures = im.read_images(images)
-        shown = [p if longest is None or max(p.shape[1:]) <= longest else _shrink(p, longest) for p in pictures]
-        maps = sliding_features(
-            shown,
-            self._features,
-            crop=self.card.crop if crop is None else crop,
-            stride=self.card.stride if stride is None else stride,
-            patch=self.aligned.patch_size,
-            batch_size=batch_size or (2 if next(self.aligned.head.parameters()).device.type == "cpu" else 16),
-        )
-        scaling = self.card.scga if scga is None else scga
-        if scaling:
-            maps = _aggregate(maps, scaling, compat)
-        found = []
-        for picture, features in zip(pictures, maps, strict=True):
-            embedding, fed = self._sam_embedding(picture, compat) if refine else (None, None)
-            size = int(picture.shape[1]), int(picture.shape[2])
-            found.append(SegmentationFeatures(features, self._words(features), size, self, embedding, fed))
+        with fast_matmul():
+            shown = [p if longest is None or max(p.shape[1:]) <= longest else _shrink(p, longest) for p in pictures]
+            maps = sliding_features(
+                shown,
+                self._features,
+                crop=self.card.crop if crop is None else crop,
+                stride=self.card.stride if stride is None else stride,
+                patch=self.aligned.patch_size,
+                batch_size=batch_size or (2 if next(self.aligned.head.parameters()).device.type == "cpu" else 16),
+            )
+            scaling = self.card.scga if scga is None else scga
+            if scaling:
+                maps = _aggregate(maps, scaling, compat)
+            found = []
+            for picture, features in zip(pictures, maps, strict=True):
+                embedding, fed = self._sam_embedding(picture, compat) if refine else (None, None)
+                size = int(picture.shape[1]), int(picture.shape[2])
+                found.append(SegmentationFeatures(features, self._words(features), size, self, embedding, fed))
         return found
 
     def segment(
