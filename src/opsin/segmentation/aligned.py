@@ -15,6 +15,7 @@ from opsin.backbones.adaptors import Adaptor
 from opsin.backbones.alignment import OWN_SPACE, OwnValues, last_attention, projection_and_scale, take_head
 from opsin.cards import ModelCard, catalogue
 from opsin.errors import IncompatibleModel
+from opsin.runtime import to_model
 from opsin.segmentation.attention import SelfCorrelatingAttention, check_scaling
 from opsin.segmentation.vocabulary import Vocabulary, of_text
 
@@ -137,7 +138,8 @@ class AlignedBackbone(nn.Module):
         RADIO: the summary head of the language adaptor, applied to patches (RADSeg). CLIP, SigLIP: what they do to an
         image, with this token for all there is of it. TIPSv2, trained to align patches: its final LayerNorm.
         """
-        return self.head.head_mlp(tokens) if isinstance(self.head, Adaptor) else self.head(tokens)
+        run = self.head.head_mlp if isinstance(self.head, Adaptor) else self.head
+        return run(to_model(tokens, self.head)).to(tokens.dtype)  # the head may be in float32 behind bfloat16
 
     def sam_features(self, features: Tensor) -> Tensor:
         """``features (B, D, h, w)`` as SAM's image encoder gives them before its neck: ``(B, 1280, h, w)``.
