@@ -24,8 +24,8 @@ import tables
 import torch
 from common import SEED, say
 
+from opsin import report
 from opsin.cli.main import main as opsin_command
-from opsin.evaluation import report
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"

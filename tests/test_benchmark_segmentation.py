@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsin.evaluation import report
+from opsin import report
 from opsin.segmentation import prediction
 from opsin.segmentation.refine import refine
 

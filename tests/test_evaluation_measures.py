@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from opsin import report
 from opsin.errors import InputError, InvalidCheckpoint, InvalidConfig, InvalidDataset
-from opsin.evaluation import descriptors, grouping, report, retrieval
+from opsin.evaluation import descriptors, grouping, retrieval
 from opsin.evaluation.datasets import Segment
 from opsin.evaluation.linear_probe import ConfusionMatrix, LinearProbe
 from opsin.geometry import ImageTransform

@@ -11,7 +11,7 @@ import torch
 
 from opsin.errors import InputError
 from opsin.evaluation import template
-from opsin.evaluation.vq2d import (
+from opsin.vq2d.metrics import (
     BoxTrack,
     TrackScores,
     average_precision,

@@ -17,12 +17,12 @@ from PIL import Image
 from opsin.errors import InvalidConfig, InvalidImage, InvalidPrompt, InvalidVideo
 from opsin.geometry import ImageTransform, box_iou
 from opsin.localization import locate, query_picture, render, save_track
-from opsin.localization import matching as mt
 from opsin.localization import timeline as tl
-from opsin.localization import track as tr
-from opsin.localization.descriptors import DenseTokens
 from opsin.localization.model import calibration_frames
 from opsin.localization.query import paste
+from opsin.tracking import follow as tr
+from opsin.tracking import matching as mt
+from opsin.tracking.descriptors import DenseTokens
 from opsin.video import ClipWriter, VideoFrame, VideoReader, open_video
 
 SIZE = (96, 128)

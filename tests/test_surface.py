@@ -17,11 +17,14 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # A module imports from rooms of a lower level, or from its own room.
 LEVELS = (
     {"errors", "types", "geometry"},
-    {"cards", "hub", "remote_tensors", "runtime", "images", "video", "clip"},
+    {"cards", "hub", "remote_tensors", "runtime", "images", "video", "clip", "report"},
     {"backbones"},
     {"regions", "segmentation", "codec", "masks"},
     {"models"},
+    {"tracking"},
+    {"vql"},
     {"localization"},
+    {"vq2d"},
     {"training", "evaluation"},
     {"cli"},
 )

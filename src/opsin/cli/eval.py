@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     own = {"segmentation": run_segmentation, "reconstruction": run_reconstruction}
     if args.measure in own:
         return own[args.measure](args)
+    from opsin import report
     from opsin.errors import InvalidConfig
-    from opsin.evaluation import report
     from opsin.regions import RegionModel
 
     if args.limit is not None and args.limit < 1:
@@ -209,8 +209,9 @@ def shard_of(text: str) -> tuple[int, int]:
 
 def run_segmentation(args: argparse.Namespace) -> int:
     """Measure or merge, write and print. Returns 1 when images were skipped, else 0."""
+    from opsin import report
     from opsin.errors import InvalidConfig
-    from opsin.evaluation import report, segmentation
+    from opsin.evaluation import segmentation
 
     if args.out is not None and args.out.suffix != ".json":
         raise InvalidConfig("A report is a .json file", got=args.out.name, remedy="The Markdown comes beside it.")

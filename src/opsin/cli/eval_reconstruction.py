@@ -47,9 +47,9 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_reconstruction(args: argparse.Namespace) -> int:
     """Measure, write and print. Returns 1 when images were skipped, else 0."""
+    from opsin import report
     from opsin.codec import Codec
     from opsin.errors import InvalidConfig
-    from opsin.evaluation import report
 
     for name in ("limit", "rows", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -123,8 +123,8 @@ def measure(
 
     Also the pictures by method, None where no file is small enough.
     """
+    from opsin import report
     from opsin.codec.measures import FORMATS, available, compress
-    from opsin.evaluation import report
     from opsin.runtime import progress
 
     code = codec.encode(images, batch_size=batch_size)

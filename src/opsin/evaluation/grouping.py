@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin import runtime
+from opsin import report, runtime
 from opsin.errors import InputError, InvalidConfig
-from opsin.evaluation import report
 from opsin.evaluation.datasets import HumanSegmentation, fit_labels
 from opsin.regions import aggregate, prompts
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from opsin import images, runtime
+from opsin import images, report, runtime
 from opsin.errors import InputError
-from opsin.evaluation import report, template
+from opsin.evaluation import template
 from opsin.evaluation.datasets import Episode
-from opsin.evaluation.vq2d import BoxTrack, TrackScores, recovered_frames, spatiotemporal_iou, temporal_iou
 from opsin.geometry import check_box
 from opsin.types import Track
+from opsin.vq2d.metrics import BoxTrack, TrackScores, recovered_frames, spatiotemporal_iou, temporal_iou
 
 if TYPE_CHECKING:
     from opsin.regions import RegionModel

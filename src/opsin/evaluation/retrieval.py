@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opsin import runtime
+from opsin import report, runtime
 from opsin.errors import InputError, InvalidConfig
-from opsin.evaluation import descriptors, report
+from opsin.evaluation import descriptors
 from opsin.evaluation.datasets import SegmentedImage
 
 if TYPE_CHECKING:

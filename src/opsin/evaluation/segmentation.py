@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opsin import report
 from opsin.errors import (
     IncompatibleModel,
     InputError,
@@ -27,7 +28,6 @@ from opsin.errors import (
     MissingFile,
     UnsupportedSize,
 )
-from opsin.evaluation import report
 from opsin.evaluation.protocols import Protocol
 from opsin.evaluation.segmentation_data import Sample, SegmentationData
 from opsin.hub import atomic_path

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opsin import images
 from opsin.errors import InputError, MissingExtra
-from opsin.evaluation.vq2d import BoxTrack, TrackScores
+from opsin.vq2d.metrics import BoxTrack, TrackScores
 
 SCALES = (0.5, 0.71, 1.0, 1.41, 2.0)
 SMALLEST = 6  # pixels: a smaller template correlates with anything

@@ -20,10 +20,10 @@ from opsin.hub import atomic_path
 from opsin.images import read_image
 from opsin.localization import query as q
 from opsin.localization import timeline as tl
-from opsin.localization import track as tr
-from opsin.localization.descriptors import DenseTokens, Kind, dense_tokens
-from opsin.localization.matching import Example, Found, Template, TokenSpace
 from opsin.localization.recording import recorded
+from opsin.tracking import follow as tr
+from opsin.tracking.descriptors import DenseTokens, Kind, dense_tokens
+from opsin.tracking.matching import Example, Found, Template, TokenSpace
 from opsin.types import Track
 from opsin.video import VideoFrame, VideoReader, open_video
 

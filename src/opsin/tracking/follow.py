@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsin.localization.matching import Found
+from opsin.tracking.matching import Found
 from opsin.video import VideoFrame, VideoReader
 
 PATIENCE = 4  # frames without the object before it counts as gone

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opsin.geometry import box_iou
-from opsin.localization.descriptors import DenseTokens
+from opsin.tracking.descriptors import DenseTokens
 
 PARTS = 2  # a window is described by PARTS × PARTS cells and by what surrounds it
 AROUND = 0.3
