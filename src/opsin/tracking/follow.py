@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from opsin.tracking.base import Step
 from opsin.tracking.matching import Found
 from opsin.video import VideoFrame, VideoReader
 
@@ -17,17 +17,9 @@ SCALE_STEPS = (0.9, 1.0, 1.11)
 REACH = 1.0  # how far the centre may move between frames, in box sides
 CHUNK_SECONDS = 1.0
 
+__all__ = ["Measure", "Step", "backwards", "follow", "forwards", "join", "smooth"]
+
 Measure = Callable[[Sequence[VideoFrame]], list[Callable[[Tensor, Tensor | None], Found]]]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """The object on one frame."""
-
-    frame: int
-    time: float
-    box: Tensor
-    score: float
 
 
 def follow(
