@@ -1,4 +1,4 @@
-"""What a maker of masks and a tracker are. ``sam2`` and ``sam2_video`` are SAM 2; ``template`` needs no further weights.
+"""What a maker of masks and a tracker are. ``sam2``, ``sam2_video``: SAM 2; ``template``: without further weights.
 
 Boxes are half-open ``(x1, y1, x2, y2)`` and points ``(x, y)`` in pixels of the picture, pixel centres at +0.5.
 """
