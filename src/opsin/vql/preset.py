@@ -1,0 +1,115 @@
+"""Every threshold of the five stages, under one name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from opsin.errors import InvalidConfig, near_misses
+
+EIGHT = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the stages are run with. Scores and similarities are cosines in [-1, 1], factors ratios of sides.
+
+    Query (1) and video (2): ``query_factors`` magnifications at which the object is looked at, around its box;
+    ``video_factors`` magnifications of the tiles of every frame, 1 the frame itself, 2 its quarters;
+    ``video_overlap`` share by which tiles overlap; ``match_threshold`` least similarity of a video token to keep,
+    besides each picture's best.
+
+    Selection (3): ``suppression`` frames before the query are left out for as long as they score this much: they show
+    the moment of the query itself; ``nms`` neighbours of a peak go while they score above this share of it; ``top_k``
+    most candidates; ``top_p`` least score, or the best score where that is lower.
+
+    Refinement (4): ``crop_margin`` the crop around a box is this many times its size, ``crop_limits`` least and largest
+    magnification of it; ``refinement_top_p`` least score after refinement, or the best where that is lower.
+
+    Tracking (5): ``window`` frames followed at most each way.
+
+    Expansion (6): ``expansion_threshold`` similarity to the query above which tokens of the track join it;
+    ``expansion_min_side`` pixels that the box's shorter side must exceed; ``expansion_sharpness`` least variance of the
+    Laplacian of the frame, grey in [0, 255].
+
+    Second round (7): ``second_threshold`` least refined score of a later occurrence; ``second_share`` share of the
+    first track's score that it must exceed. ``rounds`` of search at most, 1 leaves expansion out.
+    """
+
+    name: str = "ren-vql"
+    query_factors: tuple[float, ...] = EIGHT
+    video_factors: tuple[float, ...] = (1.0, 2.0)
+    video_overlap: float = 0.0
+    match_threshold: float = 0.6
+    suppression: float = 0.8
+    nms: float = 0.8
+    top_k: int = 25
+    top_p: float = 0.7
+    crop_margin: float = 1.5
+    crop_limits: tuple[float, float] = (1.0, 2.0)
+    refinement_top_p: float = 0.7
+    window: int = 500
+    expansion_threshold: float = 0.5
+    expansion_min_side: float = 10.0
+    expansion_sharpness: float = 100.0
+    second_threshold: float = 0.7
+    second_share: float = 0.7
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("query_factors", "video_factors", "crop_limits"):
+            values = tuple(float(v) for v in getattr(self, name))
+            object.__setattr__(self, name, values)
+            if not values or not all(1 <= v < float("inf") for v in values):
+                raise InvalidConfig(f"{name} are one or more finite magnifications of at least 1", got=values)
+        if len(self.crop_limits) != 2 or self.crop_limits[0] > self.crop_limits[1]:
+            raise InvalidConfig("crop_limits are the least and the largest magnification", got=self.crop_limits)
+        if len(set(self.video_factors)) < len(self.video_factors):
+            raise InvalidConfig("video_factors differ from each other", got=self.video_factors)
+        for name in ("match_threshold", "suppression", "top_p", "refinement_top_p", "expansion_threshold",
+                     "second_threshold"):  # fmt: skip
+            self._within(name, -1, 1)
+        for name in ("nms", "second_share"):
+            self._within(name, 0, 1)
+        for name in ("expansion_min_side", "expansion_sharpness"):
+            self._within(name, 0, float("inf"))
+        if not 0 <= self.video_overlap < 1:
+            raise InvalidConfig("video_overlap lies in [0, 1)", got=self.video_overlap)
+        if not 1 <= self.crop_margin < float("inf"):
+            raise InvalidConfig("crop_margin is a finite number of at least 1", got=self.crop_margin)
+        for name in ("top_k", "window", "rounds"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InvalidConfig(f"{name} is a whole number of at least 1", got=value)
+
+    def _within(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if not low <= value <= high:  # NaN is not
+            raise InvalidConfig(f"{name} lies in [{low:g}, {high:g}]", got=value)
+
+
+# Source: the configuration of the published REN-VQL, and the two values fixed in its code (match_threshold,
+# suppression). A refinement_min_score of 0.6 stands there as well, but nothing reads it.
+PRESETS = {"ren-vql": Preset()}
+
+
+def preset(name: str | Preset = "ren-vql", **overrides: Any) -> Preset:
+    """A preset by name (or as it is), with some values replaced: ``preset("ren-vql", top_k=10)``.
+
+    Raises:
+        InvalidConfig: no such preset, no such value, or a value outside its range.
+    """
+    if isinstance(name, Preset):
+        base = name
+    elif name in PRESETS:
+        base = PRESETS[name]
+    else:
+        raise InvalidConfig(
+            f"A preset is one of {', '.join(PRESETS)}", got=f'"{name}"', remedy=near_misses(str(name), PRESETS)
+        )
+    known = [f.name for f in fields(Preset)]
+    for key in overrides:
+        if key not in known:
+            remedy = near_misses(key, known) or f"It has {', '.join(known)}."
+            raise InvalidConfig(f'The preset "{base.name}" has no value of that name', got=f'"{key}"', remedy=remedy)
+    return replace(base, **overrides)
