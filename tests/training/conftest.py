@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -119,6 +124,36 @@ def losses_of(out: str | Path) -> dict[int, dict[str, float]]:
     """What a run logged, by step."""
     lines = (Path(out) / "training" / "log.jsonl").read_text().splitlines()
     return {row["step"]: row for row in map(json.loads, lines) if "loss" in row}
+
+
+def words(options: dict) -> list[str]:
+    """Keyword arguments as the words of a command line."""
+    return [f"{k}={json.dumps(list(v) if isinstance(v, tuple) else v)}" for k, v in options.items()]
+
+
+def environment() -> dict[str, str]:
+    """That of a run in a process of its own."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def run_and_kill(code: str, loop: str, options: dict) -> None:
+    """Start ``code`` in a process of its own, and kill it in its fifth step. ``loop``: the class, ``module.Class``."""
+    module, name = loop.rsplit(".", 1)
+    slow = (
+        f"import time; from {module} import {name} as L; whole = L._step\n"
+        "def slow(self, *given):\n"
+        "    time.sleep(60 if self.step == 4 else 0)\n"
+        "    return whole(self, *given)\n"
+        "L._step = slow\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow + code, *words(options)], env=environment())
+    log = Path(options["out"]) / "training/log.jsonl"
+    limit = time.time() + 60
+    while process.poll() is None and (not log.exists() or '"step": 4,' not in log.read_text()) and time.time() < limit:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert max(losses_of(options["out"])) == 4
 
 
 @pytest.fixture(autouse=True)

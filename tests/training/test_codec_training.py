@@ -5,11 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +25,7 @@ from opsin.training.codec import start_as_patches, train_codec
 from opsin.training.codec_config import CodecTrainingConfig, load_codec_config, recipes
 from opsin.training.codec_loop import CodecLoop, learning_rate, parameter_groups
 from tests.conftest import draw, golden_input, golden_path
-from tests.training.conftest import losses_of
+from tests.training.conftest import environment, losses_of, run_and_kill, words
 
 RUN = (
     "import sys; from opsin.training.codec_config import load_codec_config; from opsin.training.codec import "
@@ -88,14 +85,6 @@ def options(photos, tmp_path):
 
 def train(options, **changes):
     return train_codec(CodecTrainingConfig(**{**options, **changes}))
-
-
-def words(options):
-    return [f"{k}={json.dumps(list(v) if isinstance(v, tuple) else v)}" for k, v in options.items()]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 # Options
@@ -396,18 +385,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(options, tmp_path):
     train(options, **changes)
     whole = losses_of(options["out"])
     broken = {**options, **changes, "out": str(tmp_path / "broken")}
-    code = RUN.replace("train_codec(load", "import opsin.training.codec_loop as l; s = l.CodecLoop._step\n"
-                       "def slow(self, *a):\n"
-                       "    import time; time.sleep(60 if self.step == 4 else 0); return s(self, *a)\n"
-                       "l.CodecLoop._step = slow; train_codec(load")  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-c", code, *words(broken)], env=environment())
-    log = tmp_path / "broken/training/log.jsonl"
-    limit = time.time() + 60
-    while process.poll() is None and (not log.exists() or '"step": 4,' not in log.read_text()) and time.time() < limit:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert max(losses_of(broken["out"])) == 4  # one step further than the saved state
+    run_and_kill(RUN, "opsin.training.codec_loop.CodecLoop", broken)  # one step further than the saved state
     assert Codec.from_pretrained(f"dir:{tmp_path}/broken/last").dim == 32  # that of step 3 can be used already
     train_codec(CodecTrainingConfig(**broken))
     resumed = losses_of(broken["out"])

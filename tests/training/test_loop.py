@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,19 +16,11 @@ from opsin.errors import InvalidConfig, UnsupportedSize
 from opsin.hub import load_pickle
 from opsin.training import RegionTrainingConfig, load_config, train_regions
 from opsin.training.loop import clip_factor, learning_rate, published_total
-from tests.training.conftest import losses_of
+from tests.training.conftest import environment, losses_of, run_and_kill, words
 
 
 def train(options, **changes):
     return train_regions(RegionTrainingConfig(**{**options, **changes}))
-
-
-def words(options):
-    return [f"{k}={json.dumps(list(v) if isinstance(v, tuple) else v)}" for k, v in options.items()]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 RUN = "import sys; from opsin.training import load_config, train_regions; train_regions(load_config(sys.argv[1:]))"
@@ -114,18 +103,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(options, tmp_path):
     train(options, save_every=3)
     whole = losses_of(options["out"])
     broken = {**options, "out": str(tmp_path / "broken"), "save_every": 3}
-    code = RUN.replace("train_regions(load", "import opsin.training.loop as l; s = l.Loop._step\n"
-                       "def slow(self, *a):\n"
-                       "    import time; time.sleep(60 if self.step == 4 else 0); return s(self, *a)\n"
-                       "l.Loop._step = slow; train_regions(load")
-    process = subprocess.Popen([sys.executable, "-c", code, *words(broken)], env=environment())
-    log = tmp_path / "broken/training/log.jsonl"
-    limit = time.time() + 60
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 4) and time.time() < limit:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert max(losses_of(broken["out"])) == 4  # one step further than the saved state
+    run_and_kill(RUN, "opsin.training.loop.Loop", broken)  # one step further than the saved state
     assert (tmp_path / "broken/regions.safetensors").exists()  # the model of step 3 can be used already
     train(broken)
     resumed = losses_of(broken["out"])
@@ -142,6 +120,18 @@ def test_resuming_with_other_options_is_refused(options):
     assert train(options, steps=2)["steps"] == 2  # nothing left to do
     train(options, steps=1, lr=0.5, resume=False)
     assert list(losses_of(options["out"])) == [1]
+
+
+def test_a_state_from_before_options_had_their_name_goes_on(options):
+    train(options, steps=2)
+    path = Path(options["out"]) / "training/state.pt"
+    state = load_pickle(path)
+    state["config"] = state.pop("options")
+    path.unlink()  # its tensors are read from the file when they are needed
+    torch.save(state, path)
+    assert train(options, steps=2)["steps"] == 2
+    with pytest.raises(InvalidConfig, match="lr was"):
+        train(options, steps=2, lr=0.5)
 
 
 def test_accumulation_averages_micro_steps(options):

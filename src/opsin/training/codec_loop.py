@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from opsin import hub
 from opsin.codec.layers import Block
 from opsin.codec.measures import psnr, ssim
 from opsin.codec.patches import unpatchify
@@ -26,18 +25,12 @@ from opsin.runtime import progress
 from opsin.training.codec_config import CodecTrainingConfig
 from opsin.training.codec_data import ImageBatch, PhotoBatches, StreamBatches, stack
 from opsin.training.data import loader
-from opsin.training.loop import autocast, clip_factor, need_finite, open_log, same_options
+from opsin.training.loop import Run, autocast, clip_factor, need_finite, open_log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from opsin.codec import Codec
-
-# What may differ between a run and its continuation: where and how often, not what is computed.
-FREE_KEYS = {
-    *("out", "name", "workers", "cache_mb", "device", "save_every", "resume", "tracker", "project", "keep"),
-    *("checkpointing", "samples"),
-}
 
 
 def learning_rate(done: float, *, peak: float, low: float, warmup: float, total: float) -> float:
@@ -117,7 +110,7 @@ class Average:
 
 
 @dataclass
-class CodecLoop:
+class CodecLoop(Run):
     """One training run. ``out`` takes the model, its sub-folder training state.pt, log.jsonl, samples and tracking."""
 
     config: CodecTrainingConfig
@@ -127,6 +120,8 @@ class CodecLoop:
     val: PhotoBatches | None
     out: Path
     dtype: torch.dtype
+
+    free = Run.free | {"project", "checkpointing", "samples"}
 
     def __post_init__(self) -> None:
         c, world = self.config, self.accelerator.num_processes
@@ -197,8 +192,7 @@ class CodecLoop:
             batch = next(stream)
             self.skipped.update(batch.skipped)
             images = batch.images.to(accelerator.device, next(self.codec.parameters()).dtype, non_blocking=True)
-            # Dropout continues after a restart as if there had been none: it depends on the place in the run alone.
-            torch.manual_seed(hash((c.seed, self.step, micro, accelerator.process_index)) % 2**63)
+            self.seed(micro)
             with accelerator.no_sync(model) if micro + 1 < c.accumulation else nullcontext():
                 found = model(images)
                 accelerator.backward(self.scaler.scale(found["loss"] / c.accumulation))
@@ -265,38 +259,21 @@ class CodecLoop:
 
         return {name: reason for part in gather_object([self.skipped]) for name, reason in part.items()}
 
-    def _options(self) -> dict[str, Any]:
-        return {**self.config.to_dict(), "processes": self.accelerator.num_processes}
+    def options(self) -> dict[str, Any]:
+        """Those of the configuration, and the number of processes."""
+        return {**super().options(), "processes": self.accelerator.num_processes}
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        with self.average.applied():
-            beside = self.val is not None and self.config.keep == "best"
-            self.codec.save_pretrained(self.out / "last" if beside else self.out)
-        state = {
-            "step": self.step,
-            "best": self.best,
-            "codec": self.codec.state_dict(),
-            "average": self.average.values,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "options": self._options(),
-            "skipped": self.skipped,
-        }
-        with hub.atomic_path(self.folder / "state.pt") as path:
-            torch.save(state, path)
+        if self.accelerator.is_main_process:
+            with self.average.applied():
+                beside = self.val is not None and self.config.keep == "best"
+                self.codec.save_pretrained(self.out / "last" if beside else self.out)
+        parts = {"codec": self.codec.state_dict(), "scaler": self.scaler.state_dict()}
+        self.save(average=self.average.values, **parts)
 
     def _resume(self) -> None:
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return
-        state = hub.load_pickle(path)
-        same_options(self._options(), state["options"], FREE_KEYS)
-        self.codec.load_state_dict(state["codec"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.average.values = [
-            v.to(p, copy=True) for v, p in zip(state["average"], self.average.parameters, strict=False)
-        ]
-        self.step, self.best, self.skipped = state["step"], state["best"], dict(state["skipped"])
+        state = self.resume(self.codec, "codec")
+        if state:
+            self.scaler.load_state_dict(state["scaler"])
+            saved = zip(state["average"], self.average.parameters, strict=False)  # none without averaging
+            self.average.values = [value.to(parameter, copy=True) for value, parameter in saved]

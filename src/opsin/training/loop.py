@@ -26,11 +26,6 @@ from opsin.training.data import Batch, Batches, loader
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# What may differ between a run and its continuation: where and how often, not what is computed.
-FREE_KEYS = {
-    *("out", "name", "workers", "cache_mb", "device", "save_every", "resume", "tracker", "keep", "embed_backbone")
-}
-
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, published: bool = False) -> float:
     """The rate of optimiser step ``step`` (from 0): linear warm-up to ``peak``, then half a cosine to 0 at ``total``.
@@ -119,8 +114,55 @@ def _gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class Run:
+    """What training regions and training codecs have in common: the state of a run, saved and taken up again."""
+
+    config: Any
+    accelerator: Accelerator
+    folder: Path  # for state.pt, log.jsonl and tracking
+    optimizer: torch.optim.Optimizer
+    step: int
+    best: float
+    skipped: dict[str, str]
+
+    # What may differ between a run and its continuation: where and how often, not what is computed.
+    free = frozenset({"out", "name", "workers", "cache_mb", "device", "save_every", "resume", "tracker", "keep"})
+
+    def options(self) -> dict[str, Any]:
+        """What the run depends on; ``free`` names those that may change."""
+        return self.config.to_dict()
+
+    def seed(self, micro: int) -> None:
+        """Seed dropout by the place in the run alone: after a restart it goes on as if there had been none."""
+        torch.manual_seed(hash((self.config.seed, self.step, micro, self.accelerator.process_index)) % 2**63)
+
+    def save(self, **parts: Any) -> None:
+        """Write ``state.pt``: ``parts`` beside what every run has. Only the main process does."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {"step": self.step, "best": self.best, "skipped": self.skipped, "options": self.options()}
+        with hub.atomic_path(self.folder / "state.pt") as path:
+            torch.save({**state, "optimizer": self.optimizer.state_dict(), **parts}, path)
+
+    def resume(self, model: nn.Module, name: str) -> dict[str, Any]:
+        """Take up the saved state, with the weights ``name`` of it into ``model``; empty where there is no state.
+
+        Raises ``InvalidConfig`` when an option differs that must not.
+        """
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return {}
+        state = hub.load_pickle(path)
+        begun = state.get("options") or state["config"]  # as older states of regions call them
+        same_options(self.options(), begun, self.free)
+        model.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best, self.skipped = state["step"], state["best"], dict(state["skipped"])
+        return state
+
+
 @dataclass
-class Loop:
+class Loop(Run):
     """One training run. ``export(encoder)`` writes the model; ``folder`` holds state.pt, log.jsonl and tracking."""
 
     config: RegionTrainingConfig
@@ -132,6 +174,8 @@ class Loop:
     folder: Path
     dtype: torch.dtype
     export: Callable[[nn.Module], None]
+
+    free = Run.free | {"embed_backbone"}
 
     def __post_init__(self) -> None:
         c, count = self.config, len(self.train)
@@ -149,7 +193,7 @@ class Loop:
         c, accelerator = self.config, self.accelerator
         self.encoder.to(accelerator.device)
         if c.resume:
-            self._resume()
+            self.resume(self.encoder, "encoder")
         model = accelerator.prepare(Objective(self.encoder, c, self.dtype))
         batches = loader(self.train, self.step * c.accumulation, self.total * c.accumulation, c.workers)
         stream, last = iter(batches), {}
@@ -170,7 +214,7 @@ class Loop:
                 if self.step % c.save_every == 0 or self.step == self.total:
                     if accelerator.is_main_process and (self.val is None or c.keep == "last"):
                         self.export(self.encoder)
-                    self._save()
+                    self.save(encoder=self.encoder.state_dict())
         accelerator.wait_for_everyone()
         best = None if math.isinf(self.best) else self.best
         return {"steps": self.step, "loss": last.get("loss"), "best_val_loss": best, "skipped": self.skipped}
@@ -182,8 +226,7 @@ class Loop:
         sums: dict[str, Tensor] = {}
         for micro in range(c.accumulation):
             batch = self._next(stream)
-            # Dropout continues after a restart as if there had been none: it depends on the place in the run alone.
-            torch.manual_seed(hash((c.seed, self.step, micro, self.accelerator.process_index)) % 2**63)
+            self.seed(micro)
             waits = micro + 1 < c.accumulation
             with self.accelerator.no_sync(model) if waits else nullcontext():
                 found = model(self._features(batch), batch)
@@ -230,29 +273,6 @@ class Loop:
             for name, value in model(self._features(batch), batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value) / count
         return sums
-
-    def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            state = {
-                "step": self.step,
-                "best": self.best,
-                "encoder": self.encoder.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "config": self.config.to_dict(),
-                "skipped": self.skipped,
-            }
-            with hub.atomic_path(self.folder / "state.pt") as path:
-                torch.save(state, path)
-
-    def _resume(self) -> None:
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return
-        state = hub.load_pickle(path)
-        same_options(self.config.to_dict(), state["config"], FREE_KEYS)
-        self.encoder.load_state_dict(state["encoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best, self.skipped = state["step"], state["best"], dict(state["skipped"])
 
 
 def need_finite(loss: float, step: int) -> None:
