@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 
 import pytest
 
 from opsin.cli import train as command
 from opsin.errors import InvalidConfig, MissingFile
-from opsin.training import RegionTrainingConfig, load_config, train_regions
+from opsin.training import CodecTrainingConfig, RegionTrainingConfig, load_config, train_regions
 
 NEEDED = ["backbone=b", "out=o", "train=[bsds:/data,mosaic:z.zip@train]"]
 
@@ -31,6 +32,7 @@ def test_overrides_win_over_the_file(tmp_path):
         (["lr=fast"], "lr is of type float"),
         (["steps=1.5"], "steps is of type int"),
         (["lr=0"], "lr is positive"),
+        (["epochs=inf"], "epochs is positive"),
         (["lr"], "key=value"),
         (["+lr=1"], "key=value"),
         (["lr=1,2"], "sweeps"),
@@ -59,6 +61,13 @@ def test_wrong_files(tmp_path):
             load_config(NEEDED, tmp_path / "c.yaml")
 
 
+def test_one_value_is_enough_where_several_may_be_given(tmp_path):
+    for train in ("bsds:/data", ["bsds:/data"], ("bsds:/data",)):
+        assert RegionTrainingConfig(backbone="b", out="o", train=train).train == ("bsds:/data",)
+    config = CodecTrainingConfig(out="o", train="photos", image_size=64)
+    assert (config.train, config.canvas) == (("photos",), (64, 64))
+
+
 def test_missing_data_is_found_before_the_backbone(tmp_path):
     config = RegionTrainingConfig(backbone="no-such", out=str(tmp_path / "o"), train=("bsds:/nowhere",), device="cpu")
     with pytest.raises(MissingFile, match="/nowhere"):
@@ -75,8 +84,9 @@ def test_help_lists_every_key_and_the_example_is_valid(capsys):
     with pytest.raises(SystemExit):
         parse("regions", "--help")
     text = capsys.readouterr().out
-    for key in RegionTrainingConfig.__dataclass_fields__:
-        assert f"  {key}=" in text
+    keys = [line.split("=")[0].strip() for line in text.split("\noptions:\n")[-1].splitlines()]
+    assert sorted(keys) == sorted(f.name for f in fields(RegionTrainingConfig))
+    assert keys[:3] == ["backbone", "train", "out"]
     example = command.REGION_EXAMPLE.split("opsin train regions ", 1)[1].split("\n\n")[0]
     lines = example.replace("\\\n", " ").replace("'", "")
     assert command.run(parse("regions", *lines.split(), "--check")) == 0

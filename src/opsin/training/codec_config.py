@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opsin.errors import InvalidConfig, near_misses
-from opsin.training.config import at_least, fill, one_of, option, positive, read_overrides, read_yaml, within
+from opsin.training.config import (
+    TrainingConfig,
+    at_least,
+    fill,
+    one_of,
+    option,
+    positive,
+    read_overrides,
+    read_yaml,
+    within,
+)
 
 CUSTOM = ("patch_size", "dim", "layers", "heads", "decoder_dim", "decoder_layers", "decoder_heads")
 PUBLISHED = {  # names of the published configuration files → ours
@@ -36,12 +46,12 @@ NOT_NEEDED = {  # published options that something else decides here
 
 
 @dataclass(frozen=True)
-class CodecTrainingConfig:
+class CodecTrainingConfig(TrainingConfig):
     """Everything that a training run of a codec depends on."""
 
-    out: str = option("", "folder for the model; state, log and samples go to its sub-folder training (required)")
-    name: str = option("", "name of the model; empty: the name of the folder")
-    train: tuple[str, ...] = option((), "training photographs, see below (required)")
+    command = "opsin train codec"
+
+    train: tuple[str, ...] = option((), "training photographs, see above", required=True)
     val: tuple[str, ...] = option((), "photographs to validate on; empty: held out from train")
     holdout: float = option(0.01, "share of train that is held out when val is empty; 0: no validation")
     streaming: bool = option(False, "read Hugging Face data while it is downloaded")
@@ -58,9 +68,7 @@ class CodecTrainingConfig:
     activation: str | None = option(None, "of the code: relu, gelu, swish, tanh, sigmoid; null: none, or that of init")
     image_size: tuple[int, ...] = option((224,), "side of the square input, or [height,width], in pixels")
     batch_size: int = option(128, "photographs per process and micro-step")
-    accumulation: int = option(1, "micro-steps per optimiser step")
     epochs: float = option(100.0, "passes over the training photographs, unless steps is given")
-    steps: int | None = option(None, "optimiser steps; null: from epochs")
     warmup_epochs: float = option(5.0, "passes of linear warm-up, followed by a cosine to min_lr")
     lr: float | None = option(None, "peak learning rate of AdamW; null: blr × photographs per step / 256")
     blr: float = option(1e-3, "learning rate per 256 photographs of a step")
@@ -81,22 +89,12 @@ class CodecTrainingConfig:
     samples: int = option(8, "validation photographs shown beside their reconstruction at each validation; 0: none")
     save_every: int = option(500, "steps between saved states, from which a killed run goes on")
     keep: str = option("best", "what out holds. best: the model of the highest validation PSNR; last: of the last step")
-    resume: bool = option(True, "go on from a saved state in out; false: begin again")
-    seed: int = option(42, "of everything random: same seed, same run")
-    device: str | None = option(None, "device; null: the machine's accelerator, else the CPU")
     dtype: str = option("auto", "auto, float32, bfloat16 or float16: precision under autocast")
-    workers: int = option(0, "processes that prepare batches; 0: none")
-    cache_mb: int = option(512, "memory for decoded photographs, per process")
-    tracker: str = option("none", "none, tensorboard or wandb (offline unless WANDB_MODE says otherwise)")
     project: str = option("opsin", "project of wandb")
     compat: str | None = option(None, "published: one rate and weight decay for all parameters, squashed panoramas")
 
     def __post_init__(self) -> None:
-        for key in ("train", "val", "image_size", "betas"):  # configuration files know lists only
-            object.__setattr__(self, key, tuple(getattr(self, key)))
-        for key in ("out", "train"):
-            if not getattr(self, key):
-                raise InvalidConfig(f'"{key}" must be given', remedy="opsin train codec --help lists every key.")
+        super().__post_init__()
         if len(self.image_size) not in (1, 2) or min(self.image_size) < 11:  # SSIM looks at 11 pixels
             raise InvalidConfig("image_size is a side or [height,width], at least 11 pixels", got=list(self.image_size))
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -108,22 +106,10 @@ class CodecTrainingConfig:
             raise InvalidConfig("A custom size has all its numbers", got=f"none for {missing}")
         if given and self.size != "custom":
             raise InvalidConfig(f"{given[0]} belongs to size=custom", got=f"size={self.size}")
-        for key in (*given, "batch_size", "accumulation", "save_every"):
+        for key in (*given, "batch_size", "save_every"):
             at_least(self, key, 1)
-        if self.steps is not None:
-            at_least(self, "steps", 1)
-        for key in (
-            "warmup_epochs",
-            "min_lr",
-            "weight_decay",
-            "max_grad_norm",
-            "full_weight",
-            "validation_images",
-            "samples",
-            "workers",
-            "cache_mb",
-            "seed",
-        ):
+        for key in ("warmup_epochs", "min_lr", "weight_decay", "max_grad_norm", "full_weight", "validation_images",
+                    "samples"):  # fmt: skip
             at_least(self, key, 0)
         for key in ("epochs", "blr", "lr", "encoder_lr", "crop", "bottleneck_weight", "validate_every"):
             if getattr(self, key) is not None:
@@ -135,7 +121,6 @@ class CodecTrainingConfig:
         if self.start == "patches" and self.dropout:
             raise InvalidConfig("start=patches wants dropout=0: its units are not alike", got=self.dropout)
         one_of(self, "keep", "best", "last")
-        one_of(self, "tracker", "none", "tensorboard", "wandb")
         one_of(self, "compat", None, "published")
 
     @property
@@ -152,10 +137,6 @@ class CodecTrainingConfig:
         if self.min_lr > peak and self.compat is None:
             raise InvalidConfig(f"min_lr is at most the peak rate {peak:.3g}", got=self.min_lr)
         return peak
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, lists for tuples."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def recipes() -> dict[str, dict[str, Any]]:
@@ -181,7 +162,7 @@ def load_codec_config(
     base = known.get(recipe or "", {})
     if "train" in values:  # other photographs have no use for the recipe's validation split
         base.pop("val", None)
-    return fill(CodecTrainingConfig, {**base, **values}, "opsin train codec")
+    return fill(CodecTrainingConfig, {**base, **values})
 
 
 def _translate(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +175,7 @@ def _translate(values: Mapping[str, Any]) -> dict[str, Any]:
             remedy = NOT_NEEDED.get(key, "torchrun or accelerate launch says how many processes there are.")
             raise InvalidConfig(f"{key} is no option here", got=f"{key}={flat[key]}", remedy=remedy)
         if "." in key and key not in PUBLISHED:
-            remedy = near_misses(key, PUBLISHED) or "opsin train codec --help lists every key."
+            remedy = near_misses(key, PUBLISHED) or f"{CodecTrainingConfig.command} --help lists every key."
             raise InvalidConfig("Options of opsin train codec have known names", got=repr(key), remedy=remedy)
     named = {PUBLISHED.get(k, k): v for k, v in flat.items()}
     return {k: "" if v is None and k in ("init", "name") else v for k, v in named.items()}

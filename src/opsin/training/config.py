@@ -1,4 +1,4 @@
-"""The options of ``opsin train regions``: a frozen dataclass, filled from a YAML file and ``key=value`` overrides."""
+"""The options of ``opsin train``: frozen dataclasses, filled from a YAML file and ``key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -7,37 +7,69 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from opsin.errors import InvalidConfig, MissingExtra, MissingFile, near_misses
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-C = TypeVar("C", bound="DataclassInstance")
+C = TypeVar("C", bound="TrainingConfig")
 KINDS = ("bsds", "masks", "coco", "coco-panoptic", "mosaic", "sam2", "video")
 
 
-def option(default: Any, text: str) -> Any:
+def option(default: Any, text: str, required: bool = False) -> Any:
     """A field with its help."""
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text + " (required)" * required, "required": required})
 
 
 @dataclass(frozen=True)
-class RegionTrainingConfig:
+class TrainingConfig:
+    """What every training run depends on. Each kind of run adds its own; ``command`` is the one that it is run by."""
+
+    command: ClassVar[str] = "opsin train"
+
+    out: str = option("", "folder for the model; everything else goes to its sub-folder training", required=True)
+    name: str = option("", "name of the model; empty: the name of the folder")
+    accumulation: int = option(1, "micro-steps per optimiser step")
+    steps: int | None = option(None, "optimiser steps; null: from epochs")
+    resume: bool = option(True, "go on from a saved state in out; false: begin again")
+    seed: int = option(42, "of everything random: same seed, same run")
+    device: str | None = option(None, "device; null: the machine's accelerator, else the CPU")
+    workers: int = option(0, "processes that prepare batches; 0: none")
+    cache_mb: int = option(512, "memory for decoded photographs, per process")
+    tracker: str = option("none", "none, tensorboard or wandb (offline unless WANDB_MODE says otherwise)")
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if str(entry.type).startswith("tuple"):  # configuration files know lists only
+                values = value if isinstance(value, (tuple, list)) else [value]
+                object.__setattr__(self, entry.name, tuple(values))
+            if entry.metadata["required"] and not value:
+                raise InvalidConfig(f'"{entry.name}" must be given', remedy=f"{self.command} --help lists every key.")
+        at_least(self, "accumulation", 1)
+        if self.steps is not None:
+            at_least(self, "steps", 1)
+        for key in ("seed", "workers", "cache_mb"):
+            at_least(self, key, 0)
+        one_of(self, "tracker", "none", "tensorboard", "wandb")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, lists for tuples."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class RegionTrainingConfig(TrainingConfig):
     """Everything that a training run of a region encoder depends on. Defaults are the published recipe (REN, §3)."""
 
-    backbone: str = option("", "frozen backbone: catalogue name, hf:org/repo@rev or dir:/path (required)")
-    out: str = option("", "folder for the model; state, log and tracking go to its sub-folder training (required)")
-    name: str = option("", "name of the model; empty: the name of the folder")
-    train: tuple[str, ...] = option((), "sources kind:path, see below (required)")
+    command = "opsin train regions"
+
+    backbone: str = option("", "frozen backbone: catalogue name, hf:org/repo@rev or dir:/path", required=True)
+    train: tuple[str, ...] = option((), "sources kind:path, see above", required=True)
     weights: tuple[float, ...] = option((), "share of the draws of each source; empty: equal")
     val: tuple[str, ...] = option((), "sources to validate on")
     image_size: int | None = option(None, "side of the square input in pixels; null: the backbone's")
     batch_size: int = option(16, "photographs per process and micro-step (two views each)")
-    accumulation: int = option(1, "micro-steps per optimiser step")
     epochs: float = option(50.0, "passes over the training photographs, unless steps is given")
-    steps: int | None = option(None, "optimiser steps; null: from epochs")
     lr: float = option(1e-3, "peak learning rate of AdamW")
     weight_decay: float = option(0.01, "weight decay of AdamW")
     warmup_steps: int = option(100, "steps of linear warm-up, followed by a cosine to zero")
@@ -64,33 +96,22 @@ class RegionTrainingConfig:
     sam2_model: str = option("hf:facebook/sam2.1-hiera-large", "model that makes the masks of sam2: and video:")
     mask_cache: str = option("", "folder of the mask caches; empty: masks in the cache folder of opsin")
     video_interval: float = option(15.0, "seconds between the frames that a video: source takes")
-    cache_mb: int = option(512, "memory for decoded photographs, per process")
-    seed: int = option(42, "of everything random: same seed, same run")
-    device: str | None = option(None, "device; null: the machine's accelerator, else the CPU")
     dtype: str = option("auto", "auto, float32 or bfloat16: precision of backbone and encoder under autocast")
-    workers: int = option(0, "processes that prepare batches; 0: none")
     validate_every: int = option(50, "steps between validations")
     validation_batches: int = option(10, "batches per validation, always the same ones")
     save_every: int = option(100, "steps between saved states, from which a killed run goes on")
     keep: str = option("best", "best: the model of the lowest validation loss; last: of the last step")
-    resume: bool = option(True, "go on from a saved state in out; false: begin again")
     embed_backbone: bool = option(False, "copy the backbone into the model folder, which then stands alone")
-    tracker: str = option("none", "none, tensorboard or wandb (offline unless WANDB_MODE says otherwise)")
     compat: str | None = option(None, "published: null prompts, mask edges, schedule, clipping as in the REN release")
 
     def __post_init__(self) -> None:
-        for key in ("train", "val", "weights", "mosaic_tiles"):  # configuration files know lists only
-            object.__setattr__(self, key, tuple(getattr(self, key)))
-        for key in ("backbone", "out", "train"):
-            if not getattr(self, key):
-                raise InvalidConfig(f'"{key}" must be given', remedy="opsin train regions --help lists every key.")
-        for key in ("batch_size", "accumulation", "max_prompts", "heads", "layers", "validate_every", "save_every",
-                    "validation_batches", "classes_per_batch"):
+        super().__post_init__()
+        for key in ("batch_size", "max_prompts", "heads", "layers", "validate_every", "save_every",
+                    "validation_batches", "classes_per_batch"):  # fmt: skip
             at_least(self, key, 1)
-        for key in ("image_size", "steps"):
-            if getattr(self, key) is not None:
-                at_least(self, key, 1)
-        for key in ("warmup_steps", "workers", "cache_mb", "max_grad_norm", "weight_decay", "seed"):
+        if self.image_size is not None:
+            at_least(self, "image_size", 1)
+        for key in ("warmup_steps", "max_grad_norm", "weight_decay"):
             at_least(self, key, 0)
         for key in ("contrastive_weight", "feature_weight", "semantic_weight", "pred_feature_weight"):
             at_least(self, key, 0)
@@ -101,7 +122,6 @@ class RegionTrainingConfig:
         one_of(self, "dtype", "auto", "float32", "bfloat16")
         one_of(self, "keep", "best", "last")
         one_of(self, "start", "published", "pooling")
-        one_of(self, "tracker", "none", "tensorboard", "wandb")
         one_of(self, "compat", None, "published")
         for spec in (*self.train, *self.val):
             parse_source(spec)
@@ -109,10 +129,6 @@ class RegionTrainingConfig:
             raise InvalidConfig(f"weights has a number ≥ 0 for each of the {len(self.train)} sources", got=self.weights)
         if len(self.mosaic_tiles) != 2 or not 1 <= self.mosaic_tiles[0] <= self.mosaic_tiles[1]:
             raise InvalidConfig("mosaic_tiles is [fewest, most]", got=list(self.mosaic_tiles))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, lists for tuples."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def at_least(config: Any, key: str, low: float) -> None:
@@ -123,8 +139,8 @@ def at_least(config: Any, key: str, low: float) -> None:
 
 
 def positive(config: Any, key: str) -> None:
-    """``InvalidConfig`` unless the value of ``key`` is greater than 0."""
-    if not getattr(config, key) > 0:
+    """``InvalidConfig`` unless the value of ``key`` is finite and greater than 0."""
+    if not 0 < getattr(config, key) < math.inf:
         raise InvalidConfig(f"{key} is positive", got=getattr(config, key))
 
 
@@ -158,7 +174,7 @@ def load_config(overrides: Sequence[str] = (), file: str | Path | None = None) -
     Raises ``InvalidConfig`` for unknown keys (with the near misses), wrong types and contradictions, ``MissingExtra``
     without hydra-core, ``MissingFile`` for a file that is not there. Reads no weight and no data.
     """
-    return fill(RegionTrainingConfig, {**read_yaml(file), **read_overrides(overrides)}, "opsin train regions")
+    return fill(RegionTrainingConfig, {**read_yaml(file), **read_overrides(overrides)})
 
 
 def read_yaml(file: str | Path | None) -> dict[str, Any]:
@@ -199,8 +215,8 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def fill(kind: type[C], values: Mapping[str, Any], command: str) -> C:
-    """The configuration ``kind`` (a dataclass) of ``command`` with ``values``, whose names and types are checked."""
+def fill(kind: type[C], values: Mapping[str, Any]) -> C:
+    """The configuration ``kind`` with ``values``, whose names and types are checked."""
     with _hydra():
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
@@ -208,8 +224,8 @@ def fill(kind: type[C], values: Mapping[str, Any], command: str) -> C:
     types = {f.name: str(f.type) for f in fields(kind)}
     for key in values:
         if key not in types:
-            remedy = near_misses(key, types) or f"{command} --help lists every key."
-            raise InvalidConfig(f"Options of {command} have known names", got=repr(key), remedy=remedy)
+            remedy = near_misses(key, types) or f"{kind.command} --help lists every key."
+            raise InvalidConfig(f"Options of {kind.command} have known names", got=repr(key), remedy=remedy)
         if types[key].startswith("tuple") and not isinstance(values[key], list):
             values[key] = [values[key]]
     try:
@@ -230,10 +246,11 @@ def _hydra() -> Iterator[None]:
         raise MissingExtra.of("hydra-core", "train", "read training options") from error
 
 
-def describe(kind: type[DataclassInstance] = RegionTrainingConfig) -> str:
-    """All keys with their defaults and meanings, for ``--help``."""
+def describe(kind: type[TrainingConfig] = RegionTrainingConfig) -> str:
+    """All keys with their defaults and meanings, for ``--help``: required, own and common ones, in that order."""
+    common = {entry.name for entry in fields(TrainingConfig)}
     lines = []
-    for entry in fields(kind):
+    for entry in sorted(fields(kind), key=lambda e: (not e.metadata["required"], e.name in common)):
         value: Any = entry.default
         if isinstance(value, bool) or value is None:
             value = "null" if value is None else str(value).lower()
