@@ -158,11 +158,9 @@ def _natural(text: str) -> list[Any]:
 
 
 def _nearest_to_ticks(frames: Iterator[Decoded], rate: float) -> Iterator[Decoded]:
-    origin: float | None = None
     best: tuple[int, float, Decoded] | None = None  # tick, distance to it, frame
     for frame in frames:
-        origin = frame[1] if origin is None else origin
-        position = (frame[1] - origin) * rate
+        position = frame[1] * rate  # ticks count from the video's start: a later start meets the same frames
         tick = math.floor(position + 0.5 + 1e-9)
         distance = abs(position - tick)
         if best is not None and best[0] != tick:
