@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from opsin import cards
-from opsin.cli import decode as decode_verb
-from opsin.cli import encode as encode_verb
+from opsin.cli import codes as verbs
 from opsin.cli.main import parser_of
 from opsin.codec import Codec, CodecConfig, ImageCode, patchify, unpatchify, weights
 from opsin.codec.canvas import lay, layout, restore
@@ -626,6 +627,54 @@ def test_start_from_transformers(tmp_path):
     assert "mae" in {card.family for card in cards.catalogue().values()}
 
 
+PUBLISHED_KEYS = (  # of facebook/vit-mae-*, whose files are older than today's transformers
+    (r"^(cls_token)$", r"vit.embeddings.\1"),
+    (r"^pos_embed$", "vit.embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "vit.layernorm."),
+    (r"^blocks\.", "vit.encoder.layer."),
+    (r"^decoder_blocks\.", "decoder.decoder_layers."),
+    (r"^(mask_token|decoder_(embed|pos_embed|norm|pred))", r"decoder.\1"),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_start_from_the_files_on_the_hub(tmp_path, file):
+    """Keys as in ``facebook/vit-mae-base``, whichever of its two files is there: every weight finds its place."""
+    state, found = mae_state(), {}
+    for key, value in state.items():
+        for pattern, replacement in PUBLISHED_KEYS:
+            key = re.sub(pattern, replacement, key)
+        if ".attn.qkv." in key:
+            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                found[key.replace(".attn.qkv.", f".attention.attention.{name}.")] = part.clone()
+        else:
+            found[key] = value
+    assert "decoder.decoder_layers.0.attention.attention.query.weight" in found
+    assert all(key.startswith(("vit.", "decoder.")) for key in found)
+    facts = {"num_attention_heads": 4, "decoder_num_attention_heads": 4, "model_type": "vit_mae"}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    if file.endswith(".bin"):
+        torch.save(found, tmp_path / file)
+    else:
+        save_file(found, tmp_path / file)
+    model = Codec.from_mae(tmp_path)
+    assert model.encoder.cls_token.abs().max() > 0
+    encoder, decoder = weights.from_mae_state(state)
+    halves = ((encoder, model.encoder.state_dict()), (decoder, model.decoder.state_dict()))
+    assert all(torch.equal(value, known[key]) for half, known in halves for key, value in half.items())
+    missing = {key: value for key, value in found.items() if key != "vit.embeddings.cls_token"}
+    torch.save(missing, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    with pytest.raises(InvalidCheckpoint, match="cls_token"):
+        Codec.from_mae(tmp_path)
+
+
 def test_start_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for ref in ("mae-b", "mae_visualize_vit_base", "btnk-mae-b"):
@@ -716,11 +765,11 @@ def command(verb, module, *words):
 
 
 def encode(*words):
-    return command("encode", encode_verb, *words)
+    return command("encode", verbs.ENCODE, *words)
 
 
 def decode(*words):
-    return command("decode", decode_verb, *words)
+    return command("decode", verbs.DECODE, *words)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
@@ -791,6 +840,6 @@ def test_mistakes_on_the_command_line(folder):
 def test_pictures_stay_in_their_folder(codec):
     names = ("../../evil.jpg", "a.jpg", "a.png", "/root/b.jpg", "sub/c.jpg")
     with pytest.raises(InvalidConfig):
-        decode_verb.file_names(some_code(5, names=names), "png")
-    assert decode_verb.file_names(some_code(4, names=names[1:]), "png") == ["a.png", "a.png.png", "b.png", "sub/c.png"]
-    assert decode_verb.file_names(torch.zeros(2, 32), "jpg") == ["000000.jpg", "000001.jpg"]
+        verbs.file_names(some_code(5, names=names), "png")
+    assert verbs.file_names(some_code(4, names=names[1:]), "png") == ["a.png", "a.png.png", "b.png", "sub/c.png"]
+    assert verbs.file_names(torch.zeros(2, 32), "jpg") == ["000000.jpg", "000001.jpg"]

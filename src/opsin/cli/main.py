@@ -7,17 +7,17 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 from opsin.errors import OpsinError, near_misses
 
-VERBS = {
+VERBS = {  # module, or module:object, with HELP, EXAMPLE, add_arguments and run
     "models": "opsin.cli.models",
     "doctor": "opsin.cli.doctor",
     "regions": "opsin.cli.regions",
     "segment": "opsin.cli.segment",
-    "encode": "opsin.cli.encode",
-    "decode": "opsin.cli.decode",
+    "encode": "opsin.cli.codes:ENCODE",
+    "decode": "opsin.cli.codes:DECODE",
     "locate": "opsin.cli.locate",
     "train": "opsin.cli.train",
     "eval": "opsin.cli.eval",
@@ -62,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # to be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        module = importlib.import_module(VERBS[verb])
-        return int(module.run(parser_of(verb, module).parse_args(words[1:])))
+        name, _, part = VERBS[verb].partition(":")
+        module = importlib.import_module(name)
+        found = getattr(module, part) if part else module
+        return int(found.run(parser_of(verb, found).parse_args(words[1:])))
     except OpsinError as error:
         sys.stderr.write(f"opsin {verb}: {type(error).__name__}: {error}\n")
         return FAILED
@@ -75,13 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def parser_of(verb: str, module: ModuleType) -> argparse.ArgumentParser:
-    """The parser of one verb; its help ends with an example that runs."""
-    epilog = f"example:\n  {module.EXAMPLE}" if hasattr(module, "EXAMPLE") else None
+def parser_of(verb: str, found: Any) -> argparse.ArgumentParser:
+    """The parser of one verb, which ``found`` implements; its help ends with an example that runs."""
+    epilog = f"example:\n  {found.EXAMPLE}" if hasattr(found, "EXAMPLE") else None
     parser = argparse.ArgumentParser(
-        f"opsin {verb}", description=module.HELP, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        f"opsin {verb}", description=found.HELP, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    module.add_arguments(parser)
+    found.add_arguments(parser)
     return parser
 
 
