@@ -170,6 +170,7 @@ def run(quick: bool) -> dict[str, Any]:
     seconds = {way: t["seconds"] for way, t in times.items()}
     found[f"training step, batch {STEP}"] = {
         "seconds": seconds,
+        "images_per_second": {way: STEP / t["median"] for way, t in seconds.items()},
         "cpu_seconds": {way: t["cpu_seconds"] for way, t in times.items()},
         "faster": {way: ratio(seconds, "reference", way) for way in WAYS[1:]},
         "memory": shares({way: max(results, key=lambda r: r["peak_mib"]) for way, results in rounds.items()}),

@@ -1,6 +1,6 @@
 """Everything that ``make bench`` measures: writes ``benchmarks/results.json`` and from it ``docs/benchmarks.md``.
 
-python benchmarks/run.py                    all of it, about twenty minutes on two cores
+python benchmarks/run.py                    all of it, about half an hour on two cores
 python benchmarks/run.py --only head path   these sections; the others keep their earlier numbers
 python benchmarks/run.py --quality DIR      ``opsin eval`` on the annotated data in DIR, into benchmarks/quality/
 python benchmarks/run.py --tables           only write the document again
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import codec
 import head
 import memory
 import path
@@ -37,6 +38,7 @@ SECTIONS: dict[str, Callable[[str, bool], dict[str, Any]]] = {
     "path": path.run,
     "memory": memory.run,
     "segmentation": lambda model, quick: segmentation.run(quick),
+    "codec": lambda model, quick: codec.run(quick),
 }
 
 

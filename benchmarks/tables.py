@@ -32,6 +32,14 @@ by design (coordinates), so agreement is between ways of Opsin. Memory: peak of 
 reference's in brackets. Second question: labels never asked of this image, their vectors on disk, or in memory."""
 
 
+CODEC = """\
+The codec of base size at 224×224 with random weights. "reference" is the published algorithm, written from its
+description (`benchmarks/reference_codec.py`), on the same weights: every token of the last block is computed, the
+cross-attention has a query per patch for its one key, and the training step takes the norm of all gradients. Opsin's
+step also clips them. "bf16": weights in bfloat16; in training, autocast. Memory: peak of a fresh process, weights
+included, share of the reference's in brackets. The step of training: seconds of both losses, gradients and AdamW."""
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; numbers to the right."""
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- "] + [" ---: "] * (len(head) - 1)) + "|"]
@@ -172,6 +180,27 @@ def segmentation(found: dict[str, Any]) -> str:
     return section("Words to pixels", SEGMENTATION, *blocks)
 
 
+def codec(found: dict[str, Any]) -> str:
+    """One vector per image, and back."""
+    rows = []
+    for job, r in found.items():
+        for way, times in r["seconds"].items():
+            memory = r["memory"][way] if "memory" in r else None
+            apart = r.get("relative_difference", {}).get(way)
+            rows.append(
+                [
+                    f"{job}, {way}",
+                    seconds(times),
+                    f"{r['images_per_second'][way]:.2f}",
+                    f"{r['faster'][way]:.2f}×" if way in r["faster"] else "",
+                    f"{memory['peak_mib']:.0f} MiB ({memory['share']:.2f})" if memory else "",
+                    f"{apart:.1e}" if apart is not None else "",
+                ]
+            )
+    head = ["", "time: median (range)", "images/s", "faster", "peak memory", "relative difference"]
+    return section("One vector per image, and back", CODEC, table(head, rows))
+
+
 def retrieval(r: dict[str, Any]) -> str:
     """Retrieval of COCO segments."""
     rows = []
@@ -222,6 +251,7 @@ SPEED = {
     "path": path,
     "memory": memory,
     "segmentation": segmentation,
+    "codec": codec,
 }
 QUALITY = {"retrieval": retrieval, "grouping": groupings, "locate": locate}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 
 import pytest
 import torch
 
+from opsin import report
 from opsin.codec import Codec, CodecConfig
 from tests.conftest import ROOT
 
@@ -22,7 +24,7 @@ def bench():
         yield importlib.import_module("codec")
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-        for name in {"codec", "common", "reference_codec"} - before:
+        for name in {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - before:
             sys.modules.pop(name, None)
 
 
@@ -57,7 +59,8 @@ def test_jobs_run(bench, job):
 
 
 def test_the_whole_report(bench, monkeypatch):
-    """All parts at a tiny size, children run in this process."""
+    """All parts at a tiny size, children run in this process; and the table of it."""
+    tables = importlib.import_module("tables")
 
     def in_child(script, flag, way, job, repeats, timeout=0):
         return bench.child(way, job, int(repeats), CONFIG)
@@ -71,5 +74,25 @@ def test_the_whole_report(bench, monkeypatch):
     for result in found.values():
         assert set(result["faster"]) == {"opsin", "opsin bf16"}
         assert result.get("relative_difference", {"opsin": 0})["opsin"] < 1e-5
+        assert all(speed > 0 for speed in result["images_per_second"].values())
     for job in ("encode, batch 16", "training step, batch 16"):
         assert found[job]["memory"]["reference"]["share"] == 1
+    measured = json.loads(json.dumps(report.tidy({"codec": {"environment": report.environment(0), "results": found}})))
+    text = tables.document(measured, {})
+    assert "## One vector per image, and back" in text
+    for job, result in found.items():
+        for way in result["seconds"]:
+            line = next(line for line in text.splitlines() if line.startswith(f"| {job}, {way} |"))
+            assert line.count("|") == 7
+            assert (f"{result['faster'][way]:.2f}×" in line) if way != "reference" else ("×" not in line)
+
+
+def test_it_is_a_section_of_the_benchmark(bench, monkeypatch, tmp_path):
+    """``run.py --only codec`` measures it and writes its results."""
+    run = importlib.import_module("run")
+    monkeypatch.setattr(run.codec, "run", lambda quick: {"quick": quick})
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "codec", "--quick", "--out", str(tmp_path / "r.json")])
+    assert run.main() == 0
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert list(written) == ["codec"]
+    assert written["codec"]["results"] == {"quick": True}
