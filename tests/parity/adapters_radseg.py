@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opsin.segmentation import aggregation, attention
+from opsin.segmentation import aggregation
 from opsin.segmentation.aligned import AlignedBackbone
 from opsin.segmentation.model import Segmenter, default_card
 from opsin.segmentation.radseg import RADSegEncoder
@@ -33,9 +33,9 @@ def radseg_features(
 
 
 def radseg_scra(weights: dict[str, Array], args: dict[str, Any], tokens: Array, *, scaling: float) -> Array:
-    parent = radio_backbone(weights, args).last_attention_parent
+    model: Any = segmenter(weights, args, scaling).aligned.backbone.model
     with torch.no_grad():
-        return attention.install(parent, "attention", scaling)(torch.from_numpy(np.array(tokens)))[0].numpy()
+        return model.encoder.layer[-1].attention(torch.from_numpy(np.array(tokens)))[0].numpy()
 
 
 def radseg_scga(features: Array, *, scaling: float, compat: Any = None) -> Array:

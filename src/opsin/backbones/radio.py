@@ -46,11 +46,6 @@ class RadioBackbone(Backbone):
         self._positions: dict[Size, Tensor] = {}
         self._stamp: tuple[object, ...] = ()
 
-    @property
-    def last_attention_parent(self) -> nn.Module:
-        """The last block: the module whose attribute ``attention`` is its self-attention."""
-        return self.model.encoder.layer[-1]
-
     def adaptor(self, name: str) -> Adaptor:
         """The heads of one teacher, read from the folder of the weights when first asked for.
 

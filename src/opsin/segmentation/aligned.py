@@ -16,7 +16,7 @@ from opsin.backbones.alignment import OWN_SPACE, OwnValues, last_attention, proj
 from opsin.cards import ModelCard, catalogue
 from opsin.errors import IncompatibleModel
 from opsin.runtime import to_model
-from opsin.segmentation.attention import SelfCorrelatingAttention, check_scaling
+from opsin.segmentation.attention import SelfCorrelatingAttention
 from opsin.segmentation.vocabulary import Vocabulary, of_text
 
 LIMIT = 1e6  # from this scaling on, the softmax of SCRA leaves no weight to any other token
@@ -110,7 +110,7 @@ class AlignedBackbone(nn.Module):
         if scaling is not None and scaling >= LIMIT:
             attention = OwnValues(attention)
         elif scaling is not None:
-            attention = SelfCorrelatingAttention(attention, check_scaling(scaling))
+            attention = SelfCorrelatingAttention(attention, scaling)
         setattr(parent, name, attention)
         self._scra = scaling
 

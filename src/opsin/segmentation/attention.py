@@ -63,23 +63,17 @@ class SelfCorrelatingAttention(nn.Module):
     """SCRA: an attention module of ``transformers``, followed by the self-correlation of its own output.
 
     Wraps ``attention`` (projections ``q_proj, k_proj, v_proj`` and ``o_proj`` or ``out_proj``) and takes its place.
-    ``scaling`` None makes it the plain attention again. All tokens take part, prefix tokens too.
+    All tokens take part, prefix tokens too. ``scaling`` is that of :func:`correlate`, up to 60.
     """
 
-    def __init__(self, attention: nn.Module, scaling: float | None = None) -> None:
+    def __init__(self, attention: nn.Module, scaling: float) -> None:
         super().__init__()
         self.attention: Any = attention
-        self.scaling = scaling
+        self.heads = int(getattr(attention, "num_heads", 0) or attention.num_attention_heads)  # type: ignore[arg-type]
+        self.scaling = check_scaling(scaling)
 
-    @property
-    def heads(self) -> int:
-        """Number of attention heads."""
-        return int(getattr(self.attention, "num_heads", 0) or self.attention.num_attention_heads)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """``(B, N, C)`` layer-normed tokens to ``(B, N, C)``; the second result is always None with SCRA."""
-        if self.scaling is None:
-            return self.attention(hidden_states, *args, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """``(B, N, C)`` layer-normed tokens to ``(B, N, C)``, and no attention weights."""
         a = self.attention
         project = a.o_proj if hasattr(a, "o_proj") else a.out_proj
         batch, count, _ = hidden_states.shape
@@ -90,15 +84,5 @@ class SelfCorrelatingAttention(nn.Module):
         first = half.attention(q, k, v).transpose(1, 2).reshape(batch, count, -1)
         unit = F.normalize(project(first).view(batch, count, self.heads, -1), dim=-1).transpose(1, 2)
         unit, v = (t.reshape(batch * self.heads, count, -1) for t in (unit, v))
-        again = correlate(unit, v, check_scaling(self.scaling)).view(batch, self.heads, count, -1)
+        again = correlate(unit, v, self.scaling).view(batch, self.heads, count, -1)
         return project(again.transpose(1, 2).reshape(batch, count, -1)), None
-
-
-def install(parent: nn.Module, name: str, scaling: float | None) -> SelfCorrelatingAttention:
-    """Put SCRA in the place of the attention ``parent.name``, or set the scaling of the one that is there."""
-    found = getattr(parent, name)
-    if not isinstance(found, SelfCorrelatingAttention):
-        found = SelfCorrelatingAttention(found)
-        setattr(parent, name, found)
-    found.scaling = None if scaling is None else check_scaling(scaling)
-    return found
