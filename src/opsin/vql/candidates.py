@@ -19,7 +19,7 @@ Values = Tensor | Sequence[float]
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Some of the places that scores were given for, by ascending frame: ``rows``, ``frames`` and ``scores``, ``(K,)``."""
+    """Some of the places that scores were given for: ``rows (K,)``, ``frames (K,)`` ascending, ``scores (K,)``."""
 
     rows: Tensor
     frames: Tensor
