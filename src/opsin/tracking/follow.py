@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from opsin.errors import InvalidPrompt
+from opsin.geometry import Size, check_box
 from opsin.tracking.base import Step
 from opsin.tracking.matching import Found
 from opsin.video import VideoFrame, VideoReader
@@ -17,7 +20,7 @@ SCALE_STEPS = (0.9, 1.0, 1.11)
 REACH = 1.0  # how far the centre may move between frames, in box sides
 CHUNK_SECONDS = 1.0
 
-__all__ = ["Measure", "Step", "backwards", "follow", "forwards", "join", "smooth"]
+__all__ = ["Measure", "Step", "backwards", "check_seed", "follow", "forwards", "join", "smooth"]
 
 Measure = Callable[[Sequence[VideoFrame]], list[Callable[[Tensor, Tensor | None], Found]]]
 
@@ -78,15 +81,22 @@ def forwards(reader: VideoReader, after: float, until: float | None) -> Iterator
         yield chunk
 
 
-def backwards(reader: VideoReader, before: float) -> Iterator[list[VideoFrame]]:
-    """Every frame earlier than ``before`` seconds, last first, read in forward pieces of about a second."""
+def backwards(reader: VideoReader, before: float, since: float = 0.0) -> Iterator[list[VideoFrame]]:
+    """Every frame from ``since`` up to ``before`` seconds, last first, read in forward pieces of about a second."""
     end = before
-    while end > 0:
-        start = max(0.0, end - CHUNK_SECONDS)
+    while end > since:
+        start = max(since, end - CHUNK_SECONDS)
         piece = [f for f in reader.frames(start=start, stop=end) if f.time < before - 1e-9]
         for i in range(len(piece), 0, -4):
             yield piece[max(0, i - 4) : i][::-1]
         end = start
+
+
+def check_seed(seed: Step, size: Size, start: float, stop: float | None) -> None:
+    """``InvalidPrompt`` unless the seed lies within ``start`` and ``stop`` seconds and on a picture of ``size``."""
+    if not start <= seed.time < (math.inf if stop is None else stop):
+        raise InvalidPrompt(f"A track starts from {start} s up to {stop} s", got=f"{seed.time} s")
+    check_box(seed.box, size)
 
 
 def join(before: Sequence[Step], start: Step, after: Sequence[Step]) -> list[Step]:
