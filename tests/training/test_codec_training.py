@@ -18,7 +18,7 @@ from PIL import Image
 
 from opsin.codec import Codec, CodecConfig, patchify, unpatchify
 from opsin.codec.measures import psnr
-from opsin.errors import InvalidConfig, InvalidDataset, MissingFile, UnsupportedSize
+from opsin.errors import InvalidConfig, InvalidDataset, MissingFile, ModelUnavailable, UnsupportedSize
 from opsin.hub import load_pickle
 from opsin.training import codec_data as cd
 from opsin.training.codec import start_as_patches, train_codec
@@ -287,33 +287,72 @@ def test_data_sets_of_the_hub():
         cd.first_of_stream("photos", 3)
 
 
-def test_data_sets_of_the_hub_streamed_or_not(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
-    import datasets
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch):
+    """``imagenet-1k`` with 10 photographs to train on, one of them broken, and 4 to validate on: the files of the hub's
+    data set, in several shards, with its columns and its card."""
+    datasets = pytest.importorskip("datasets")
     import pyarrow
     from pyarrow import parquet
 
-    rows = [{"bytes": data, "path": None} for data in Stream()(0)]
-    table = {"image": pyarrow.array(rows, pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))}
-    (tmp_path / "rooms/data").mkdir(parents=True)
-    parquet.write_table(pyarrow.table(table), tmp_path / "rooms/data/train-0.parquet")
-    (tmp_path / "rooms/README.md").write_text(
-        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  splits:\n  - name: train\n"
-        "    num_bytes: 1\n    num_examples: 10\n---\n"
+    root, kind = tmp_path / "imagenet", pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    (root / "data").mkdir(parents=True)
+    whole = [data for data in Stream()(1) if data != b"broken"]
+    for split, photographs, shards in (("train", list(Stream()(0)), 2), ("validation", whole[:4], 1)):
+        for shard in range(shards):
+            rows = [{"bytes": data, "path": f"n0_{i}.JPEG"} for i, data in enumerate(photographs[shard::shards])]
+            columns = {"image": pyarrow.array(rows, kind), "label": pyarrow.array([i % 2 for i in range(len(rows))])}
+            parquet.write_table(pyarrow.table(columns), root / f"data/{split}-{shard:05d}-of-{shards:05d}.parquet")
+    (root / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+        "      class_label:\n        names:\n          '0': tench\n          '1': goldfish\n  splits:\n"
+        "  - name: train\n    num_bytes: 1\n    num_examples: 10\n"
+        "  - name: validation\n    num_bytes: 1\n    num_examples: 4\n---\n"
     )
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    spec, crops = f"hf:{tmp_path}/rooms", cd.Crops((16, 16))
-    source = cd.open_photographs(spec)
-    assert len(source) == 10
+    monkeypatch.setattr(cd, "IMAGENET", str(root))
+    return "imagenet-1k"
+
+
+def test_imagenet_streamed_or_not(imagenet):
+    crops = cd.Crops((16, 16))
+    source, val = cd.open_photographs(imagenet), cd.open_photographs(f"{imagenet}@validation")
+    assert (len(source), len(val)) == (10, 4)
     broken = [name for name, _ in cd.PhotoBatches([source], crops, batch_size=10)[0].skipped]
     assert len(broken) == 1
     assert source.read(int(broken[0].split()[-1])) == b"broken"
-    assert len(cd.first_of_stream(spec, 3)) == 3
-    stream = cd.open_stream(spec, crops, seed=0, batch_size=4)
+    assert len(cd.first_of_stream(imagenet, 3)) == 3
+    stream = cd.open_stream(imagenet, crops, seed=0, batch_size=4)
     assert stream.per_pass == 2.5
     batches = [batch for batch, _ in zip(stream, range(4), strict=False)]
     stream.start = 3
     assert torch.equal(next(iter(stream)).images, batches[3].images)
+    with pytest.raises(ModelUnavailable, match="test"):
+        cd.open_photographs(f"{imagenet}@test")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_training_on_imagenet_goes_on_after_an_interruption(imagenet, options, streaming, monkeypatch):
+    """The whole run has a process that makes its batches."""
+    changes = {"train": (imagenet,), "val": (f"{imagenet}@validation",), "streaming": streaming, "save_every": 2}
+    whole = train(options, workers=1, **changes)
+    assert whole["steps"] == 6
+    assert len(whole["skipped"]) >= 1
+    assert whole["best_val_psnr"] > 0
+    step = CodecLoop._step
+
+    def stop(self, *given):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    monkeypatch.setattr(CodecLoop, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(options, out=options["out"] + "2", **changes)
+    monkeypatch.setattr(CodecLoop, "_step", step)
+    assert train(options, out=options["out"] + "2", **changes)["best_val_psnr"] == whole["best_val_psnr"]
+    one, two = losses_of(options["out"]), losses_of(options["out"] + "2")
+    assert {n: row["loss"] for n, row in one.items()} == {n: row["loss"] for n, row in two.items()}
 
 
 # The loop

@@ -365,11 +365,21 @@ def open_stream(spec: str, crops: Crops, *, seed: int, **options: Any) -> Stream
             "A stream says how many photographs it has", got=f"{spec}: no count", remedy="streaming=false"
         )
 
-    def opened(turn: int) -> Iterator[bytes]:
-        for row in rows.shuffle(seed=seed + turn, buffer_size=SHUFFLED):
-            yield encoded(row[column])
+    return StreamBatches(_Passes(rows, column, seed), splits[split].num_examples, crops, seed=seed, **options)
 
-    return StreamBatches(opened, splits[split].num_examples, crops, seed=seed, **options)
+
+@dataclass(frozen=True)
+class _Passes:
+    """The encoded photographs of a stream, in another order at every pass."""
+
+    rows: Any
+    column: str
+    seed: int
+
+    def __call__(self, turn: int) -> Iterator[bytes]:
+        rows = self.rows.shuffle(seed=self.seed + turn, buffer_size=SHUFFLED)
+        for part in rows.iter(batch_size=1):  # iter(rows) would take another order in a process that makes batches
+            yield encoded(part[self.column][0])
 
 
 def hold_out(sources: Sequence[Photographs], share: float) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
