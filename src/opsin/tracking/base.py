@@ -5,12 +5,14 @@ Boxes are half-open ``(x1, y1, x2, y2)`` and points ``(x, y)`` in pixels of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from opsin.errors import InvalidImage, InvalidPrompt
+from opsin.geometry import Size
 from opsin.video import VideoReader
 
 
@@ -31,8 +33,8 @@ class Step:
 class ObjectMasks(Protocol):
     """Masks of objects in still pictures ``(3, H, W)``, float in [0, 1] or uint8, from boxes or points.
 
-    Every mask is boolean, on the CPU, of its picture's size, and holds its largest 8-connected component only; it is
-    empty where no object was seen. Prompts that are malformed or outside raise ``InvalidPrompt``.
+    Every mask is boolean, on the CPU, of its picture's size, and holds one 8-connected component, the largest or the
+    one at the prompt; it is empty where no object was seen. Malformed or outside prompts raise ``InvalidPrompt``.
     """
 
     name: str
@@ -58,7 +60,21 @@ class Tracker(Protocol):
         One step per frame number, the seed among them, ending at the first frame without the object on each side;
         frames that cannot be decoded are interpolated. Memory does not grow with the video.
 
-        Raises ``InvalidPrompt`` when the seed's frame cannot be read, lies outside ``start`` and ``stop``, or its box
-        does not cover a pixel of it.
+        Raises ``InvalidPrompt`` when the seed lies outside ``start`` and ``stop``, its box covers no pixel of the
+        picture, or its frame is needed and cannot be read.
         """
         ...
+
+
+def pairs(pictures: Sequence[Tensor], prompts: Sequence[Tensor]) -> Iterator[tuple[Size, Tensor]]:
+    """Size and prompts of each picture; ``InvalidPrompt`` unless there are as many of one as of the other."""
+    if len(pictures) != len(prompts):
+        raise InvalidPrompt("Each picture has its own prompts", got=f"{len(pictures)} pictures, {len(prompts)} prompts")
+    return zip(map(size_of, pictures), prompts, strict=True)
+
+
+def size_of(picture: Tensor) -> Size:
+    """``(H, W)`` of a picture; ``InvalidImage`` unless it is ``(3, H, W)``."""
+    if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
+        raise InvalidImage("A picture has shape (3, H, W)", got=tuple(picture.shape))
+    return int(picture.shape[1]), int(picture.shape[2])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from opsin import hub
 from opsin.backbones.base import quiet
 from opsin.cards import ModelCard
-from opsin.errors import InvalidCheckpoint, InvalidConfig, InvalidImage, InvalidPrompt, MissingFile
+from opsin.errors import InvalidCheckpoint, InvalidConfig, MissingFile
 from opsin.geometry import check_box, check_points
 from opsin.images import resize
 from opsin.runtime import in_batches, is_out_of_memory, resolve_device, resolve_dtype
+from opsin.tracking.base import pairs, size_of
 from opsin.tracking.masks import largest_component
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Sam2Masks:
             asked = [p for p, some in zip(pictures[group], prompts[group], strict=True) if len(some)]
             embeddings = iter(self._embed(asked, smooth=single))
             for picture, some in zip(pictures[group], prompts[group], strict=True):
-                size = _size(picture)
+                size = size_of(picture)
                 if not len(some):
                     count = 1 if single else int(self.model.mask_decoder.num_multimask_outputs)
                     results.append(torch.zeros((0, count, *size), dtype=torch.bool))
@@ -154,7 +155,7 @@ def prepare(picture: Tensor, model: Any, *, smooth: bool = False) -> Tensor:
     if picture.dtype == torch.uint8:
         pixels = pixels / 255
     if smooth:
-        mode = "reflect" if min(_size(picture)) > 1 else "replicate"
+        mode = "reflect" if min(size_of(picture)) > 1 else "replicate"
         for dim in (1, 2):
             pad = (1, 1, 0, 0) if dim == 2 else (0, 0, 1, 1)
             wide = F.pad(pixels[None], pad, mode=mode)[0]
@@ -164,13 +165,6 @@ def prepare(picture: Tensor, model: Any, *, smooth: bool = False) -> Tensor:
     mean, std = (pixels.new_tensor(v)[:, None, None] for v in (MEAN, STD))
     side = int(model.prompt_encoder.input_image_size)
     return ((resize(pixels, (side, side)) - mean) / std)[None].to(model.dtype)
-
-
-def pairs(pictures: Sequence[Tensor], prompts: Sequence[Tensor]) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Size and prompts of each picture; ``InvalidPrompt`` unless there are as many of one as of the other."""
-    if len(pictures) != len(prompts):
-        raise InvalidPrompt("Each picture has its own prompts", got=f"{len(pictures)} pictures, {len(prompts)} prompts")
-    return zip(map(_size, pictures), prompts, strict=True)
 
 
 def is_available(ref: str | Path = DEFAULT) -> bool:
@@ -246,12 +240,6 @@ def _check_type(folder: Path, kind: Kind) -> None:
 
 def _weights(folder: Path) -> list[Path]:
     return [path for pattern in (*hub.SAFETENSORS[:2], *hub.PICKLES[:2]) for path in sorted(folder.glob(pattern))]
-
-
-def _size(picture: Tensor) -> tuple[int, int]:
-    if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
-        raise InvalidImage("A picture has shape (3, H, W)", got=tuple(picture.shape))
-    return int(picture.shape[1]), int(picture.shape[2])
 
 
 def _key(picture: Tensor, smooth: bool) -> Key:
