@@ -45,7 +45,7 @@ def expand(
         queries: ``(Q, D)`` what was searched with.
         tokens: ``(T, D)`` of the track, any number per moment.
         moments: ``(T,)`` int64, the row of the track that each token shows.
-        usable: ``(M,)`` boolean, for each row of the track: see :func:`shows_object`.
+        usable: ``(M,)`` boolean, for each row of the track: see :func:`worth_learning`.
         preset: ``expansion_threshold`` is exceeded by the cosine to the most similar query token.
         most: at most so many tokens, each next one the least like the queries and those before it: a long track has
             thousands that say the same, and every one is compared with the whole video. None: all, by moment.
@@ -63,6 +63,8 @@ def expand(
         raise InvalidPrompt("Each token has its moment", got=f"{len(tokens)} tokens, {len(moments)} moments")
     if len(moments) and not 0 <= int(moments.min()) <= int(moments.max()) < len(usable):
         raise InvalidPrompt(f"Moments are rows of a track of {len(usable)}", got=f"{moments.min()} to {moments.max()}")
+    if compat == "published" and len(tokens) < len(usable):
+        raise InvalidPrompt("The published rule needs as many tokens as moments", got=f"{len(tokens)}, {len(usable)}")
     cosines = similarity(tokens, queries).amax(-1)
     rows = ((cosines > preset.expansion_threshold) & usable.bool().to(moments.device)[moments]).nonzero()[:, 0]
     chosen = moments[rows] if compat == "published" else rows
@@ -73,7 +75,7 @@ def expand(
     return Expansion(tokens[chosen], shown)
 
 
-def shows_object(picture: Tensor, box: Tensor, *, preset: Preset, compat: Literal["published"] | None = None) -> bool:
+def worth_learning(picture: Tensor, box: Tensor, preset: Preset, *, compat: Literal["published"] | None = None) -> bool:
     """Whether a frame ``(3, H, W)`` and its ``box (4,)`` teach something: large enough, and not blurred."""
     side = float((box[2:] - box[:2]).min())
     return side > preset.expansion_min_side and sharpness(picture, compat=compat) >= preset.expansion_sharpness
