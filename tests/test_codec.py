@@ -181,7 +181,9 @@ def test_panoramas_have_a_grid_of_their_own(codec, tmp_path):
 def test_sizes_that_cannot_be(codec, size):
     with pytest.raises((UnsupportedSize, InvalidConfig)):
         codec.resize(size)
-    assert codec.size == (32, 32)
+    with pytest.raises(InvalidConfig, match="compat"):
+        codec.resize(64, compat="publised")
+    assert codec.size == codec.decoder.size == (32, 32)
 
 
 def test_patches_of_a_wide_picture():

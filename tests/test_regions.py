@@ -377,3 +377,5 @@ def test_area_weights_share_out_the_patches():
     weights = mask_weights(masks, ImageTransform((8, 8), (8, 8)), (2, 2))
     assert weights.reshape(2, 2, 2)[0].tolist() == [[0.75, 0], [0.75, 0]]
     torch.testing.assert_close(weights.sum(0), torch.ones(4))
+    with pytest.raises(InvalidConfig, match="compat"):
+        mask_weights(masks, ImageTransform((8, 8), (8, 8)), (2, 2), compat="publised")

@@ -98,6 +98,8 @@ def test_no_class_left_is_unknown_and_the_published_answer_is_the_first():
     grid = torch.full((3, 2, 2), 1 / 3)
     assert (prediction.decide(grid, (4, 4), denoise=0.5).labels == -1).all()
     assert (prediction.decide(grid, (4, 4), denoise=0.5, compat="published").labels == 0).all()
+    with pytest.raises(InvalidConfig, match="compat"):
+        prediction.decide(grid, (4, 4), compat="publised")
 
 
 def test_windows_of_a_batch_of_mixed_sizes_are_those_of_each_image():

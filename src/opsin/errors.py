@@ -108,6 +108,13 @@ class ResourceError(OpsinError, RuntimeError):
     """Memory, disk or device exhausted or absent."""
 
 
+def check_compat(compat: str | None) -> bool:
+    """Whether published behaviour is asked for; ``InvalidConfig`` for anything but None and ``"published"``."""
+    if compat not in (None, "published"):
+        raise InvalidConfig('compat is None or "published"', got=repr(compat))
+    return compat == "published"
+
+
 def near_misses(name: str, known: Iterable[str]) -> str:
     """``'Did you mean "a" or "b"?'`` for the closest known names, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

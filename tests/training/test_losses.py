@@ -97,5 +97,6 @@ def test_semantic_loss_of_too_few_regions_is_zero(count):
 
 
 def test_unknown_compat():
+    rows, ids = tokens(3, 8), torch.arange(3)
     with pytest.raises(InvalidConfig, match="compat"):
-        losses.check_compat("publised")
+        losses.contrastive_loss(rows, rows, ids, ids, compat="publised")

@@ -23,7 +23,7 @@ from opsin.codec.decoder import CodecDecoder
 from opsin.codec.encoder import CodecEncoder
 from opsin.codec.layers import lean
 from opsin.codec.patches import reconstruction_loss, unpatchify
-from opsin.errors import IncompatibleModel, InputError, InvalidConfig
+from opsin.errors import IncompatibleModel, InputError, InvalidConfig, check_compat
 from opsin.geometry import Size
 from opsin.runtime import fast_matmul, generator, in_batches, progress, resolve_device, resolve_dtype, to_model
 
@@ -223,6 +223,7 @@ class Codec(nn.Module):
         optimiser made before still trains them (one that has taken steps keeps moments of the old shape: make a new
         one). ``compat="published"`` draws the queries anew instead, and does not touch the rest of what it did wrong.
         """
+        check_compat(compat)
         self.encoder.resize(size, compat=compat)
         self.decoder.resize(size, compat=compat)
         config = replace(CodecConfig.from_card(self.card), size=self.size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opsin.errors import InvalidConfig, InvalidPrompt
+from opsin.errors import InvalidConfig, InvalidPrompt, check_compat
 
 Grouping = Literal["components", "average"]
 GROUPINGS: tuple[Grouping, ...] = ("components", "average")
@@ -135,13 +135,11 @@ def group(
     prompts or more and raises ``InvalidPrompt`` when none is left; otherwise no region is an empty result. Source:
     REN §4.2 of the published code.
     """
-    if compat not in (None, "published"):
-        raise InvalidConfig('compat is None or "published"', got=compat)
+    published = check_compat(compat)
     if not -1 <= threshold <= 1:
         raise InvalidConfig("threshold is a cosine in [-1, 1]", got=threshold)
     if method not in GROUPINGS:
         raise InvalidConfig(f"grouping is one of {', '.join(GROUPINGS)}", got=method)
-    published = compat == "published"
     if len(tokens) == 0:
         empty = torch.zeros(0, dtype=torch.long, device=tokens.device)
         return Groups(empty, empty)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opsin.errors import InvalidPrompt
+from opsin.errors import InvalidPrompt, check_compat
 from opsin.geometry import ImageTransform, RunLengthMask, mask_boxes
 from opsin.images import unfit
 from opsin.regions.aggregate import Groups
@@ -84,7 +84,7 @@ def mask_weights(
     By default the covered share of the patch. ``compat="published"`` takes the mask's value at the top-left pixel of
     the patch, and needs masks at the size of the canvas.
     """
-    if compat == "published":
+    if check_compat(compat):
         if tuple(masks.shape[1:]) != transform.canvas:
             raise InvalidPrompt(
                 "The published rule needs masks of the canvas size",

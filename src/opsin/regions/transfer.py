@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from opsin import backbones, hub
 from opsin.backbones import Backbone
 from opsin.cards import ModelCard
-from opsin.errors import InvalidConfig
+from opsin.errors import InvalidConfig, check_compat
 from opsin.images import ImageSource, read_images
 from opsin.regions.extent import mask_weights
 from opsin.regions.model import RegionModel, stack
@@ -116,7 +116,7 @@ class TransferModel(nn.Module):
 
     def pool(self, features: FeatureMap, masks: Tensor, *, compat: str | None = None) -> Tensor:
         """Tokens ``(R, D)`` of regions ``masks (R, H, W)``: by the target's pooling head, or the mean without one."""
-        if compat == "published":  # its masks live on the square canvas
+        if check_compat(compat):  # its masks live on the square canvas
             scaled = F.interpolate(masks[:, None].float(), size=features.transform.canvas, mode="nearest")[:, 0]
             weights = mask_weights(scaled, features.transform, features.grid, compat=compat)
         else:

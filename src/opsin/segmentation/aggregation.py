@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsin.errors import InvalidConfig
+from opsin.errors import check_compat
 from opsin.segmentation.attention import check_scaling, correlate
 
 
@@ -23,15 +23,14 @@ def aggregate(features: Tensor, scaling: float = 10.0, compat: Literal["publishe
     cosine over all pairs of the image. The published code takes one mean over the whole batch, so that a result
     depends on the other images; ``compat="published"`` does the same.
     """
-    if compat not in (None, "published"):
-        raise InvalidConfig('compat is None or "published"', got=compat)
+    published = check_compat(compat)
     check_scaling(scaling)
     batch, dim, h, w = features.shape
     tokens = features.flatten(2).transpose(1, 2)
     unit = F.normalize(tokens, dim=2)
     # the mean over all pairs of z·z' is |mean z|²: no matrix needed
     means = unit.mean(1, dtype=torch.float64).square().sum(1)
-    if compat == "published":
+    if published:
         means = means.mean().expand(batch)
     rows = [
         correlate(unit[i : i + 1], tokens[i : i + 1], scaling, offset) for i, offset in enumerate(means.tolist())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opsin.errors import check_compat
 from opsin.geometry import Size
 from opsin.segmentation.vocabulary import reduce_synonyms
 
@@ -92,6 +93,7 @@ def decide(
         threshold: a pixel whose best class is less probable than this is unknown.
         compat: where no class is left all pixels are unknown; ``"published"`` calls them the first class.
     """
+    published = check_compat(compat)
     kept = present(grid, size, denoise)
     labels = torch.full(size, UNKNOWN, dtype=torch.long, device=grid.device)
     scores = grid.new_zeros(size)
@@ -100,7 +102,7 @@ def decide(
         for band, values in bands(grid[kept], size):
             best, which = values.max(0)
             labels[band], scores[band] = names[which], best
-    elif compat == "published":
+    elif published:
         labels.zero_()
     if threshold > 0:
         labels[scores < threshold] = UNKNOWN

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from opsin.errors import InputError, InvalidConfig
+from opsin.errors import InputError, check_compat
 from opsin.geometry import Size
 from opsin.segmentation.prediction import UNKNOWN
 from opsin.segmentation.sam import FRAME, LOW_RESOLUTION, PATCH, Compat, SamDecoder
@@ -93,7 +93,7 @@ def frame(size: Size, *, compat: Compat = None) -> Size:
     ``compat="published"`` rounds down (300×437: 688 rows), while its prompts follow SAM's rule (705 rows for the half
     resolution they are made at) and so lie up to 17 pixels off.
     """
-    _check_compat(compat)
+    check_compat(compat)
     if min(size) < 1:
         raise InputError("An image has at least one pixel", got=f"{size[0]}×{size[1]}")
     longest = max(size)
@@ -331,7 +331,7 @@ def _own(labels: Tensor, probabilities: Tensor | ClassMaps) -> Tensor:
 
 
 def _check(labels: Tensor, probabilities: Tensor | ClassMaps, out: Tensor | None, compat: Compat) -> Size:
-    _check_compat(compat)
+    check_compat(compat)
     size, count = tuple(labels.shape), len(probabilities)
     plane = tuple(probabilities[0].shape) if count else ()
     if len(size) != 2 or 0 in size or plane != size:
@@ -344,8 +344,3 @@ def _check(labels: Tensor, probabilities: Tensor | ClassMaps, out: Tensor | None
     if out is not None and tuple(out.shape) != (count, *size):
         raise InputError("out has the shape of the probabilities", got=tuple(out.shape))
     return int(size[0]), int(size[1])
-
-
-def _check_compat(compat: Compat) -> None:
-    if compat not in (None, "published"):
-        raise InvalidConfig('compat is None or "published"', got=compat)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opsin import hub
-from opsin.errors import IncompatibleModel, InvalidCheckpoint, InvalidPrompt
+from opsin.errors import IncompatibleModel, InvalidCheckpoint, InvalidPrompt, check_compat
 from opsin.remote_tensors import load_tensors, read_tensors
 from opsin.runtime import in_batches, resolve_device, resolve_dtype, to_model
 
@@ -172,6 +172,7 @@ class SamDecoder(nn.Module):
         Raises:
             InvalidPrompt: shapes that do not belong together.
         """
+        check_compat(compat)
         count = len(points)
         if points.shape != (count, 2) or boxes.shape != (count, 4):
             got = f"points {tuple(points.shape)}, boxes {tuple(boxes.shape)}"

@@ -6,14 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsin.errors import InvalidConfig
-
-
-def check_compat(compat: str | None) -> bool:
-    """Whether published behaviour is asked for; ``InvalidConfig`` for anything but None and ``"published"``."""
-    if compat not in (None, "published"):
-        raise InvalidConfig('compat is null or "published"', got=compat)
-    return compat == "published"
+from opsin.errors import check_compat
 
 
 def contrastive_loss(
