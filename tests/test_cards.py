@@ -72,6 +72,9 @@ def test_every_entry_is_complete(card: ModelCard) -> None:
         assert all(0 < value <= 1 for value in card.std)
     elif card.kind == "codec":
         assert len(card.sizes) in (5, 7)
+    elif card.kind == "tracker":
+        assert card.repo.startswith("facebook/sam2")
+        assert card.parameters > 1e7
     elif card.kind == "segmentation":
         assert find(card.backbone).kind == "backbone"
         assert 0 <= card.denoise < 1

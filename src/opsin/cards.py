@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from opsin.errors import InvalidCheckpoint, MissingFile, UnknownModel, near_misses
 
-KINDS = ("backbone", "regions", "segmentation", "codec")
+KINDS = ("backbone", "regions", "segmentation", "codec", "tracker")
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -42,6 +42,7 @@ class ModelCard:
     whose decoder sharpens masks.
     Codecs only: ``activation`` of the code ("" for none), which nothing in the weights tells, and ``sizes`` of the
     networks: encoder depth and heads, decoder width, depth and heads.
+    Trackers have nothing of their own: ``opsin.tracking.sam2`` reads the rest from the files.
     ``measured`` holds quality numbers with their protocol as the key.
     """
 

@@ -41,8 +41,8 @@ def _where(card: ModelCard) -> str:
 def _stated(row: dict[str, Any]) -> dict[str, Any]:
     """What says something about this kind of model."""
     encoder = ("heads", "layers", "seed", "threshold", "grouping", "fit")
-    foreign = {"regions": ("mean", "std"), "backbone": encoder, "segmentation": ("mean", "std", *encoder)}
-    return {k: v for k, v in row.items() if v not in ("", [], {}, 0) and k not in foreign[row["kind"]]}
+    foreign = {"regions": ("mean", "std"), "segmentation": ("mean", "std", *encoder)}.get(row["kind"], encoder)
+    return {k: v for k, v in row.items() if v not in ("", [], {}, 0) and k not in foreign}
 
 
 def _value(value: object) -> str:
