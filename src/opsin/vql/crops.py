@@ -38,9 +38,9 @@ class Crop:
 def crop_around(picture: Tensor, box: Box, factor: float) -> Crop:
     """The part of ``picture (3, H, W)``, uint8 or float, that shows ``box`` (xyxy) ``factor`` times as large.
 
-    It is centred on the box, moved inside the picture where it reaches beyond, and no smaller than the box, which may
-    make the magnification less than ``factor``; it has the picture's aspect, up to whole pixels. Enlarged bicubically
-    (published: OpenCV's Lanczos; the geometry is the same).
+    It is centred on the box, moved inside the picture where it reaches beyond, and holds the box, which may make the
+    magnification less than ``factor``; it has the picture's aspect. Both up to a pixel, as sides are rounded down.
+    Enlarged bicubically (published: OpenCV's Lanczos; the geometry is the same).
 
     Raises:
         InvalidPrompt: a box that is malformed, empty, or outside the picture. InvalidConfig: a factor below 1.
