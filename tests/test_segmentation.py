@@ -21,6 +21,7 @@ from opsin.segmentation.attention import correlate
 from opsin.segmentation.model import OTHER, default_card
 from opsin.segmentation.radseg import RADSegEncoder, radseg_encoder
 from opsin.segmentation.windows import plan, sliding_features
+from tests.conformance.test_aligned import radio
 from tests.conformance.test_radio import checkpoint, memory  # a tiny backbone in the published layout
 
 
@@ -200,6 +201,60 @@ def test_bad_options(model):
         encoded.query("a, b", refine=True)
     with pytest.raises(InvalidConfig, match="longest"):
         model.encode([noise(32, 32)], longest=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compat": "publised"},
+        {"denoise": 2},
+        {"threshold": -0.1},
+        {"threshold": float("nan")},
+        {"coarse_threshold": 1.5},
+        {"min_area": -1},
+        {"iou_threshold": 90},
+        {"size": (0, 5)},
+        {"size": (5,)},
+        {"templates": "imagenette"},
+        {"templates": ["a photo"]},
+        {"labels": "cat", "background": ()},
+        {"background": "a, sofa"},
+        {"longest": 2},
+        {"crop": 20, "stride": 16},
+        {"crop": -16},
+        {"treshold": 0.5},
+    ],
+)
+def test_wrong_options_are_told_before_the_image_is_encoded(model, monkeypatch, options):
+    def never(*given):
+        pytest.fail("the image was encoded")
+
+    monkeypatch.setattr(model.aligned, "features", never)
+    labels = options.get("labels", "a, b")
+    rest = {key: value for key, value in options.items() if key != "labels"}
+    with pytest.raises(TypeError if "treshold" in options else (InvalidConfig, InvalidPrompt, UnsupportedSize)):
+        model.segment(noise(32, 32), labels, **rest)
+
+
+@pytest.mark.parametrize("options", [{"scga": -1.0}, {"batch_size": 0}, {"compat": "x"}])
+def test_wrong_options_of_encoding(model, monkeypatch, options):
+    monkeypatch.setattr(model.aligned, "features", lambda *given: pytest.fail("the image was encoded"))
+    with pytest.raises(InvalidConfig):
+        model.encode(noise(32, 32), **options)
+
+
+def test_a_missing_sam_head_is_told_before_the_image_is_encoded(monkeypatch):
+    aligned = AlignedBackbone(radio("siglip2"))
+    monkeypatch.setattr(aligned, "features", lambda *given: pytest.fail("the image was encoded"))
+    with pytest.raises(IncompatibleModel, match='adaptor "sam"'):
+        Segmenter(aligned, default_card(aligned)).encode(noise(32, 32), refine=True)
+
+
+def test_background_is_written_as_labels_are(model):
+    encoded = model.encode([noise(64, 64)])[0]
+    found = encoded.query("cat, dog", background="wall, floor", denoise=0)
+    assert found.background == ("wall", "floor")
+    assert torch.equal(found.labels, encoded.query("cat, dog", background=["wall", "floor"], denoise=0).labels)
 
 
 def test_features_of_another_model_are_refused(model):

@@ -141,19 +141,27 @@ class AlignedBackbone(nn.Module):
         run = self.head.head_mlp if isinstance(self.head, Adaptor) else self.head
         return run(to_model(tokens, self.head)).to(tokens.dtype)  # the head may be in float32 behind bfloat16
 
-    def sam_features(self, features: Tensor) -> Tensor:
-        """``features (B, D, h, w)`` as SAM's image encoder gives them before its neck: ``(B, 1280, h, w)``.
+    @property
+    def sam(self) -> Adaptor:
+        """The adaptor that leads to SAM's features.
 
         Raises:
             IncompatibleModel: the weights have no adaptor "sam".
         """
         try:
-            adaptor = self._adaptor("sam")
+            return self._adaptor("sam")
         except IncompatibleModel as error:
             raise IncompatibleModel(
                 'Refining masks needs weights with an adaptor "sam"', got=f"{self.name} with {error.got}",
                 remedy=f"These have one: {_names('sam')}. Or segment without refining.",
             ) from error
+
+    def sam_features(self, features: Tensor) -> Tensor:
+        """``features (B, D, h, w)`` as SAM's image encoder gives them before its neck: ``(B, 1280, h, w)``.
+
+        Raises as :attr:`sam` does.
+        """
+        adaptor = self.sam
         h, w = features.shape[-2:]
         tokens = adaptor.feat_mlp(features.flatten(2).transpose(1, 2), (h, w))
         return tokens.transpose(1, 2).unflatten(2, (h * adaptor.upsample, w * adaptor.upsample))

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from opsin import hub
 from opsin import images as im
 from opsin.cards import ModelCard
-from opsin.errors import IncompatibleModel, InvalidConfig, UnsupportedSize
+from opsin.errors import IncompatibleModel, InvalidConfig, UnsupportedSize, check_compat
 from opsin.geometry import Size
 from opsin.runtime import fast_matmul, to_model
 from opsin.segmentation import aligned as alignment
 from opsin.segmentation import prediction, sam
 from opsin.segmentation.aggregation import aggregate
 from opsin.segmentation.aligned import AlignedBackbone
+from opsin.segmentation.attention import check_scaling
 from opsin.segmentation.labels import Labels, as_labels
 from opsin.segmentation.refine import ClassMaps, Refinement, frame, refine
 from opsin.segmentation.result import Segmentation
@@ -138,10 +139,18 @@ class Segmenter(nn.Module):
 
         Raises:
             InvalidImage, MissingFile, InvalidConfig, UnsupportedSize, ResourceError,
-            IncompatibleModel (``refine`` with weights that have no SAM head).
+            IncompatibleModel (``refine`` with weights that have no SAM head). Options are checked before any encoding.
         """
+        check_compat(compat)
         if longest is not None and longest < self.aligned.patch_size:
             raise InvalidConfig("longest is at least one patch", got=longest)
+        if batch_size is not None and batch_size < 1:
+            raise InvalidConfig("batch_size is at least 1", got=batch_size)
+        scaling = self.card.scga if scga is None else scga
+        if scaling:
+            check_scaling(scaling)
+        if refine:
+            _ = self.aligned.sam, self.refiner  # what is missing is told now
         pictures = im.read_images(images)
         with fast_matmul():
             shown = [p if longest is None or max(p.shape[1:]) <= longest else _shrink(p, longest) for p in pictures]
@@ -153,7 +162,6 @@ class Segmenter(nn.Module):
                 patch=self.aligned.patch_size,
                 batch_size=batch_size or (2 if next(self.aligned.head.parameters()).device.type == "cpu" else 16),
             )
-            scaling = self.card.scga if scga is None else scga
             if scaling:
                 maps = _aggregate(maps, scaling, compat)
             found = []
@@ -168,7 +176,7 @@ class Segmenter(nn.Module):
         longest: int | None = None, refine: bool = False, **options: Any,
     ) -> Segmentation:  # fmt: skip
         """One image and words to labels: :meth:`encode`, then :meth:`query` (whose options it takes too)."""
-        as_labels(labels)  # a mistake in the question is told before the expensive step
+        self._question(labels, **options)  # a mistake in the question is told before the expensive step
         found = self.encode(
             [im.read_image(image)], crop=crop, stride=stride, longest=longest, refine=refine,
             compat=options.get("compat"),
@@ -183,7 +191,7 @@ class Segmenter(nn.Module):
         *,
         size: Size | None = None,
         templates: str | Sequence[str] | None = "imagenet",
-        background: Sequence[str] | None = None,
+        background: str | Sequence[str] | None = None,
         denoise: float | None = None,
         threshold: float = 0.0,
         refine: bool = False,
@@ -199,26 +207,27 @@ class Segmenter(nn.Module):
             labels: ``"cat, sofa"``, a list of names, or ``{"person": ["man", "woman"]}`` with synonyms.
             size: ``(H, W)`` of the result; by default that of the image.
             templates: ``"imagenet"`` (80 sentences), own sentences with ``{}``, or None for phrases as they are.
-            background: phrases that compete with the labels and whose pixels become unknown. A softmax over one label
-                is always 1, so a single label gets ``("object", "things", "stuff", "texture")`` when this is None;
-                ``()`` means none, and is an error for a single label.
+            background: phrases, written as labels are, that compete with these and whose pixels become unknown. A
+                softmax over one label is always 1, so a single label gets ``("object", "things", "stuff", "texture")``
+                when this is None; ``()`` means none, and is an error for a single label.
             denoise: leave out labels whose probability reaches this nowhere; by default the card's. 0: keep all.
             threshold: pixels whose best label is less probable become unknown.
             refine: sharpen masks with SAM's decoder (RADSeg+); the image must be encoded with ``refine=True``.
             coarse_threshold, min_area, iou_threshold: RADSeg+: what is refined, from which area (pixels at half
                 resolution), and the predicted IoU a mask must exceed.
-            compat: ``"published"``: when denoising leaves no label out of none, every pixel is the first label.
+            compat: ``"published"``: where denoising leaves no label in, every pixel gets the first one instead of
+                becoming unknown, and masks are sharpened as the published code does it.
 
         Raises:
             InvalidPrompt (labels), InvalidConfig (options), IncompatibleModel (features of another model).
         """
-        wanted, other, asked = self._question(labels, templates, background)
+        wanted, other, asked = self._question(
+            labels, size=size, templates=templates, background=background, denoise=denoise, threshold=threshold,
+            coarse_threshold=coarse_threshold, min_area=min_area, iou_threshold=iou_threshold, compat=compat,
+        )  # fmt: skip
         grid = self._probabilities(encoded, asked)
-        height, width = self._size(encoded, size)
+        height, width = encoded.size if size is None else size
         limit = self.card.denoise if denoise is None else denoise
-        for name, value in (("denoise", limit), ("threshold", threshold)):
-            if not 0 <= value <= 1:
-                raise InvalidConfig(f"{name} is a probability in [0, 1]", got=value)
         found = prediction.decide(grid, (height, width), denoise=limit, threshold=threshold, compat=compat)
         result, scores = found.labels, found.scores
         if refine:
@@ -238,8 +247,9 @@ class Segmenter(nn.Module):
         templates: str | Sequence[str] | None = "imagenet", denoise: float | None = None,
     ) -> Tensor:  # fmt: skip
         """``(C, H, W)`` probabilities of all labels at every pixel, 0 for those left out: mind the memory."""
+        _check_options(size=size, denoise=denoise)
         grid = self._probabilities(encoded, as_labels(labels, templates=templates))
-        target = self._size(encoded, size)
+        target = encoded.size if size is None else size
         kept = prediction.present(grid, target, self.card.denoise if denoise is None else denoise)
         return prediction.enlarge(grid, target, kept)
 
@@ -250,19 +260,25 @@ class Segmenter(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Cosine of every pixel to one phrase ``(H, W)``, in [-1, 1]; what counts as high differs between phrases."""
         self._check(encoded)
+        _check_options(size=size)
         text = self.embed(as_labels([phrase], templates=templates))
         cosine = F.normalize(text, dim=1).to(encoded.words) @ encoded.words.flatten(1)
-        return prediction.enlarge(cosine.view(1, *encoded.grid), self._size(encoded, size))[0]
+        return prediction.enlarge(cosine.view(1, *encoded.grid), encoded.size if size is None else size)[0]
 
     def embed(self, labels: Labels) -> Tensor:
         """``(S, E)`` one vector per phrase of the labels, from the cache or the text tower."""
         return self.aligned.vocabulary.embed(labels)
 
     def _question(
-        self, labels: Words, templates: str | Sequence[str] | None, background: Sequence[str] | None
-    ) -> tuple[Labels, tuple[str, ...], Labels]:
+        self, labels: Words, *, templates: str | Sequence[str] | None = "imagenet",
+        background: str | Sequence[str] | None = None, **options: Any,
+    ) -> tuple[Labels, tuple[str, ...], Labels]:  # fmt: skip
+        """Labels, what competes with them, and both as one, of the arguments of :meth:`query`, which are checked."""
+        _check_options(**options)
         wanted = as_labels(labels, templates=templates)
-        other = (OTHER if len(wanted) == 1 else ()) if background is None else tuple(background)
+        other: tuple[str, ...] = OTHER if background is None and len(wanted) == 1 else ()
+        if background:
+            other = as_labels(background).texts
         if len(wanted) == 1 and not other:
             raise InvalidConfig(
                 "One label needs something to compete with: a softmax over one is always 1", got="background=()",
@@ -290,12 +306,6 @@ class Segmenter(nn.Module):
     def _check(self, encoded: SegmentationFeatures) -> None:
         if encoded.segmenter.name != self.name:
             raise IncompatibleModel(f"Features of {self.name}", got=f"features of {encoded.segmenter.name}")
-
-    def _size(self, encoded: SegmentationFeatures, size: Size | None) -> Size:
-        height, width = encoded.size if size is None else size
-        if height < 1 or width < 1:
-            raise UnsupportedSize("The result has at least one pixel", got=size)
-        return int(height), int(width)
 
     @property
     def refiner(self) -> SamDecoder:
@@ -334,6 +344,23 @@ def default_card(aligned: AlignedBackbone) -> ModelCard:
     return ModelCard(
         name=aligned.name, kind="segmentation", family=card.family, backbone=card.name, licence=card.licence, **options
     )
+
+
+def _check_options(
+    *, size: Size | None = None, denoise: float | None = None, threshold: float = 0.0, coarse_threshold: float = 0.0,
+    min_area: int = 0, iou_threshold: float = 0.0, compat: Literal["published"] | None = None,
+) -> None:  # fmt: skip
+    """Raise what :meth:`Segmenter.query` raises for options out of range."""
+    check_compat(compat)
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise UnsupportedSize("The result is (H, W), at least one pixel", got=size)
+    for name, value in (("denoise", denoise), ("threshold", threshold), ("coarse_threshold", coarse_threshold)):
+        if value is not None and not 0 <= value <= 1:
+            raise InvalidConfig(f"{name} is a probability in [0, 1]", got=value)
+    if not iou_threshold <= 1:
+        raise InvalidConfig("iou_threshold is at most 1", got=iou_threshold)
+    if not min_area >= 0:
+        raise InvalidConfig("min_area is a number of pixels, not below 0", got=min_area)
 
 
 def _shrink(image: Tensor, longest: int) -> Tensor:

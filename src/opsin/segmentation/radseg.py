@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opsin.cards import catalogue
-from opsin.errors import InvalidConfig
+from opsin.errors import InvalidConfig, check_compat
 from opsin.geometry import Size
 from opsin.segmentation import prediction, sam
 from opsin.segmentation.labels import PLAIN, Labels, as_labels
@@ -48,6 +48,7 @@ class RADSegEncoder(nn.Module):
         super().__init__()
         if text_query_mode not in ("labels", "prompts"):
             raise InvalidConfig('text_query_mode is "labels" or "prompts"', got=text_query_mode)
+        check_compat(compat)
         if isinstance(model_version, Segmenter):
             self.segmenter = model_version
         else:
@@ -129,25 +130,28 @@ class RADSegEncoder(nn.Module):
         """
         if rgb_image.ndim != 4:
             raise InvalidConfig("Images come as (B, 3, H, W)", got=tuple(rgb_image.shape))
-        encoded = self.segmenter.encode(
-            rgb_image, crop=self.slide_crop, stride=self.slide_stride, scga=self.scga_scaling,
-            refine=self.predict and self.sam_refinement, compat=self.compat,
-        )  # fmt: skip
-        if not self.predict:
-            return torch.stack([image.features for image in encoded])
-        results = [self._predicted(image, orig_img_size, ignore_label) for image in encoded]
-        probabilities, labels = (torch.stack(part) for part in zip(*results, strict=True))
-        return (probabilities, labels[:, None]) if return_preds else probabilities
-
-    def _predicted(self, image: SegmentationFeatures, size: Size | None, ignore_label: bool) -> tuple[Tensor, Tensor]:
-        if self.text_embeds is None:
+        text = self.text_embeds
+        if self.predict and text is None:
             raise InvalidConfig(
                 "A prediction needs labels", got="text_embeds is None",
                 remedy="Set classes=[...], or prompts and text_embeds = encode_labels(labels).",
             )
-        count = len(self.text_embeds)
+        encoded = self.segmenter.encode(
+            rgb_image, crop=self.slide_crop, stride=self.slide_stride, scga=self.scga_scaling,
+            refine=self.predict and self.sam_refinement, compat=self.compat,
+        )  # fmt: skip
+        if not self.predict or text is None:
+            return torch.stack([image.features for image in encoded])
+        results = [self._predicted(image, text, orig_img_size, ignore_label) for image in encoded]
+        probabilities, labels = (torch.stack(part) for part in zip(*results, strict=True))
+        return (probabilities, labels[:, None]) if return_preds else probabilities
+
+    def _predicted(
+        self, image: SegmentationFeatures, text: Tensor, size: Size | None, ignore_label: bool
+    ) -> tuple[Tensor, Tensor]:
+        count = len(text)
         scale = self.segmenter.aligned.logit_scale
-        grid = prediction.class_probabilities(image.words, self.text_embeds, torch.arange(count), count, scale)
+        grid = prediction.class_probabilities(image.words, text, torch.arange(count), count, scale)
         size = image.size if size is None else (int(size[0]), int(size[1]))
         found = prediction.decide(grid, size, denoise=self.prompt_denoising_thresh, compat=self.compat)
         labels = found.labels

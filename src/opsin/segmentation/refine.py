@@ -143,7 +143,7 @@ def refine(
             ``compat`` 0 there except in regions that were not accepted, or the probabilities when none was accepted.
 
     Raises:
-        InputError: shapes that do not belong together.  InvalidConfig: an option out of range.
+        InputError: shapes that do not belong together.  InvalidConfig: another ``compat``.
     """
     size = _check(labels, probabilities, out, compat)
     labels = labels.long()
