@@ -17,13 +17,13 @@ from PIL import Image
 from opsin.errors import InvalidConfig, InvalidImage, InvalidPrompt, InvalidVideo
 from opsin.geometry import ImageTransform, box_iou
 from opsin.localization import locate, query_picture, render, save_track
-from opsin.localization import timeline as tl
-from opsin.localization.model import calibration_frames
 from opsin.localization.query import paste
+from opsin.localization.template_finder import calibration_frames
 from opsin.tracking import follow as tr
 from opsin.tracking import matching as mt
 from opsin.tracking.descriptors import DenseTokens
 from opsin.video import ClipWriter, VideoFrame, VideoReader, open_video
+from opsin.vql import timeline as tl
 
 SIZE = (96, 128)
 COUNT = 40
@@ -106,21 +106,6 @@ def frames(tmp_path_factory):
 def test_median_filter_removes_a_spike_and_keeps_a_step():
     assert tl.median_filter(torch.tensor([0.0, 0, 9, 0, 0, 5, 5, 5])).tolist() == [0, 0, 0, 0, 0, 5, 5, 5]
     assert tl.median_filter(torch.tensor([3.0])).tolist() == [3]
-
-
-def test_peaks_silence_their_neighbours_in_time():
-    scores = torch.tensor([0.1, 0.5, 0.6, 0.5, 0.1, 0.3, 0.1])
-    assert tl.peaks(scores, 0.8).tolist() == [0, 2, 4, 5, 6]
-    assert tl.peaks(torch.tensor([0.5, 0.5, 0.5])).tolist() == [0]
-    assert tl.peaks(torch.zeros(3)).tolist() == []
-
-
-def test_the_last_confident_peak_wins_over_the_best_one():
-    scores = torch.tensor([0.0, 0.9, 0.0, 0.75, 0.0, 0.4])
-    assert tl.last_confident(scores, 0.3, 0.7) == 3
-    assert tl.last_confident(scores, 0.3, 0.4) == 5
-    assert tl.last_confident(scores, 0.95, 0.7) is None
-    assert tl.last_confident(torch.zeros(0), 0.3, 0.7) is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100, 1000])
@@ -401,8 +386,8 @@ def test_frames_of_mixed_sizes(model, frames, tmp_path):
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        ({}, "neither"),
-        ({"frame": 3, "image": "x.png"}, "both"),
+        ({}, "none"),
+        ({"frame": 3, "image": "x.png"}, "image and frame"),
         ({"frame": 3}, "alone"),
         ({"frame": 3, "box": (5, 5, 5, 9)}, "at least one pixel"),
         ({"frame": 3, "box": (500, 500, 600, 600)}, "at least one pixel"),

@@ -29,6 +29,7 @@ _HOMES = {
     "Segmenter": "opsin.segmentation",
     "Track": "opsin.types",
     "TransferModel": "opsin.regions",
+    "VideoSearch": "opsin.localization",
     "load": "opsin.models",
     "load_backbone": "opsin.backbones",
     "locate": "opsin.localization",
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from opsin.codec import Codec, ImageCode
     from opsin.errors import OpsinError
     from opsin.images import read_image
-    from opsin.localization import locate
+    from opsin.localization import VideoSearch, locate
     from opsin.models import load
     from opsin.regions import RegionModel, TransferModel
     from opsin.segmentation import Segmentation, Segmenter

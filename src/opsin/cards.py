@@ -33,7 +33,8 @@ class ModelCard:
     Region models only: ``backbone`` (a catalogue name, an ``hf:`` or ``dir:`` reference, or ``"backbone"`` for the
     sub-folder of that name), ``heads``, ``layers`` and ``seed`` of the encoder, ``grid_size`` prompts per side,
     ``threshold`` cosine at which prompts merge and ``grouping`` how, ``fit`` of the image to the square canvas,
-    ``regions`` and ``tokens`` when regions of one model are described by the tokens of another.
+    ``regions`` and ``tokens`` when regions of one model are described by the tokens of another, ``preset`` the way of
+    searching videos that suits it.
     Backbones that know words: ``text``, a reference of the text tower that belongs to the weights (empty: the same
     repository has it), and ``adaptors``, the names of the heads that lead from RADIO's features to those of a teacher.
     Segmentation models only: ``backbone``, ``language`` (the adaptor that leads to words; empty: the backbone's own
@@ -77,6 +78,7 @@ class ModelCard:
     fit: Literal["stretch", "pad"] = "stretch"
     regions: str = ""
     tokens: str = ""
+    preset: str = ""
     text: str = ""
     adaptors: tuple[str, ...] = ()
     language: str = ""

@@ -24,6 +24,7 @@ from opsin import runtime
 from opsin.errors import IncompatibleModel, InvalidConfig, ResourceError
 from opsin.hub import atomic_path, save_safetensors
 from opsin.video import VideoFrame, VideoReader
+from opsin.vql.timeline import in_chunks
 
 PART = 32  # frames per file
 BATCH = 4
@@ -149,18 +150,6 @@ def identity(video: Any) -> dict[str, Any]:
     files = [f for p in map(Path, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
     facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     return {"video": hashlib.sha256(json.dumps(facts).encode()).hexdigest(), "name": Path(paths[0]).name}
-
-
-def in_chunks(items: Iterator[VideoFrame], size: int) -> Iterator[list[VideoFrame]]:
-    """Lists of ``size`` frames, the last one shorter."""
-    chunk: list[VideoFrame] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _index(part: Path) -> list[list[float]]:

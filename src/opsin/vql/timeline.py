@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from opsin.tracking.base import Step
+
 T = TypeVar("T")
 
 
@@ -35,6 +37,10 @@ class Timeline:
     def __len__(self) -> int:
         return len(self.frames)
 
+    def row(self, i: int) -> Step:
+        """Row ``i`` as a moment."""
+        return Step(int(self.frames[i]), float(self.times[i]), self.boxes[i], float(self.scores[i]))
+
 
 def median_filter(scores: Tensor, width: int = 3) -> Tensor:
     """Running median ``(S,)`` over an odd ``width``; the ends repeat."""
@@ -43,33 +49,6 @@ def median_filter(scores: Tensor, width: int = 3) -> Tensor:
     half = width // 2
     padded = torch.cat([scores[:1].expand(half), scores, scores[-1:].expand(half)])
     return padded.unfold(0, width, 1).median(-1).values
-
-
-def peaks(scores: Tensor, relative: float = 0.8) -> Tensor:
-    """Peaks of a curve, ascending positions: non-maximum suppression between frames (REN-VQL, stage 3).
-
-    The highest score stands and silences its neighbours on both sides while they stay above ``relative`` times it.
-    """
-    left = scores.clone()
-    found: list[int] = []
-    while len(left) and float(left.max()) > 0:
-        top = int(left.argmax())
-        level = relative * float(left[top])
-        found.append(top)
-        for step in (-1, 1):
-            at = top + step
-            while 0 <= at < len(left) and float(left[at]) > level:
-                left[at] = 0
-                at += step
-        left[top] = 0
-    return torch.tensor(sorted(found), dtype=torch.long)
-
-
-def last_confident(scores: Tensor, threshold: float, share: float) -> int | None:
-    """Position of the last peak with at least ``share`` of the best score; None when that is under ``threshold``."""
-    best = float(scores.max()) if len(scores) else 0.0
-    confident = [p for p in peaks(scores).tolist() if float(scores[p]) >= share * best]
-    return confident[-1] if confident and best >= threshold else None
 
 
 def in_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
