@@ -65,8 +65,9 @@ def expand(
         raise InvalidPrompt(f"Moments are rows of a track of {len(usable)}", got=f"{moments.min()} to {moments.max()}")
     if compat == "published" and len(tokens) < len(usable):
         raise InvalidPrompt("The published rule needs as many tokens as moments", got=f"{len(tokens)}, {len(usable)}")
+    moments, usable = moments.to(tokens.device), usable.to(tokens.device).bool()
     cosines = similarity(tokens, queries).amax(-1)
-    rows = ((cosines > preset.expansion_threshold) & usable.bool().to(moments.device)[moments]).nonzero()[:, 0]
+    rows = ((cosines > preset.expansion_threshold) & usable[moments]).nonzero()[:, 0]
     chosen = moments[rows] if compat == "published" else rows
     shown = moments[rows]  # published: the token is another one, its moment is recorded as this
     if most is not None and len(chosen) > most:

@@ -223,9 +223,12 @@ def similarity(tokens: Tensor, queries: Tensor) -> Tensor:
         )
     if len(queries) == 0:
         raise InvalidPrompt("There is at least one query token", got="none")
-    if not (bool(torch.isfinite(tokens).all()) and bool(torch.isfinite(queries).all())):
+    # Norms divide the products, so the tokens, of which a video has many, are only read.
+    norms = tokens.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    cosines = tokens @ F.normalize(queries.to(tokens), dim=-1).T / norms
+    if not bool(torch.isfinite(cosines).all()):
         raise InvalidPrompt("Tokens are finite numbers", got="NaN or infinity")
-    return F.normalize(tokens, dim=-1) @ F.normalize(queries.to(tokens), dim=-1).T
+    return cosines
 
 
 def matching(tokens: Tensor, queries: Tensor, threshold: float) -> Tensor:
