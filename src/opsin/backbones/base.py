@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from opsin import images as im
 from opsin.cards import ModelCard
-from opsin.errors import InvalidConfig, UnsupportedSize
+from opsin.errors import InvalidCheckpoint, InvalidConfig, MissingFile, UnsupportedSize
 from opsin.geometry import ImageTransform, Size
 from opsin.hub import atomic_path
 from opsin.runtime import in_batches
@@ -38,6 +38,24 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder; ``MissingFile`` or ``InvalidCheckpoint`` when that cannot be."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFile(f"A model folder holds {path.name}", got=str(path.parent)) from error
+    except (ValueError, OSError) as error:
+        raise InvalidCheckpoint(f"{path.name} is a JSON file", got=f"{path} ({error})") from error
+    if not isinstance(values, dict):
+        raise InvalidCheckpoint(f"{path.name} is a JSON object", got=str(path))
+    return values
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from opsin import hub
 from opsin.backbones import conv, radio_checkpoint, vit
-from opsin.backbones.base import Backbone, quiet
+from opsin.backbones.base import Backbone, first_line, quiet, read_json
 from opsin.backbones.radio import RadioBackbone
 from opsin.cards import ModelCard
 from opsin.errors import InvalidCheckpoint, InvalidConfig, MissingFile
@@ -62,7 +61,7 @@ def load(
     target = resolve_device(device)
     if card is not None and card.family == "radio" and any((folder / name).is_file() for name in card.files):
         folder = radio_checkpoint.cached(folder / card.files[0])
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if radio_checkpoint.is_radio(values):
         backbone = radio_checkpoint.load(folder, values, card, _name(ref, folder))
         return backbone.to(target, resolve_dtype(dtype, target, allow_bfloat16=backbone.card.bfloat16))
@@ -149,26 +148,14 @@ def _options(family: str) -> dict[str, Any]:
     return dict(vit.FAMILIES[family].load) if family in vit.FAMILIES else {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingFile(f"A backbone folder holds {path.name}", got=str(path.parent)) from error
-    except (ValueError, OSError) as error:
-        raise InvalidCheckpoint(f"{path.name} is a JSON file", got=f"{path} ({error})") from error
-    if not isinstance(values, dict):
-        raise InvalidCheckpoint(f"{path.name} is a JSON object", got=str(path))
-    return values
-
-
 def _read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    _family(str(_read_json(folder / "config.json").get("model_type", "")))  # before any class is looked up
+    _family(str(read_json(folder / "config.json").get("model_type", "")))  # before any class is looked up
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        got = f"{folder} ({_first_line(error)})"
+        got = f"{folder} ({first_line(error)})"
         raise InvalidCheckpoint("config.json must describe the model", got=got) from error
 
 
@@ -176,7 +163,7 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
     """The image half of ``preprocessor_config.json``, or of the ``processor_config.json`` of image-text models."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            values = _read_json(folder / name)
+            values = read_json(folder / name)
             values = values.get("image_processor", values)
             if values.get("do_normalize") is False:
                 values |= {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
@@ -202,7 +189,7 @@ def _facts(config: Any, family: str) -> dict[str, int]:
     try:
         return conv.facts(config) if family == "conv" else vit.facts(_vision(config))
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InvalidCheckpoint("config.json must describe the model", got=_first_line(error)) from error
+        raise InvalidCheckpoint("config.json must describe the model", got=first_line(error)) from error
 
 
 def _card(config: Any, processing: Mapping[str, Any], *, name: str) -> ModelCard:
@@ -256,7 +243,7 @@ def _load_model(folder: Path, config: Any, family: str, dtype: torch.dtype) -> A
         if is_out_of_memory(error):
             raise
         raise InvalidCheckpoint(
-            f"The weights in {folder} must be whole and fit their config.json", got=_first_line(error),
+            f"The weights in {folder} must be whole and fit their config.json", got=first_line(error),
             remedy="Download or copy them again.",
         ) from error
     missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in _OPTIONAL))
@@ -264,7 +251,3 @@ def _load_model(folder: Path, config: Any, family: str, dtype: torch.dtype) -> A
         got = f"missing: {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise InvalidCheckpoint(f"The weights in {folder} must fit {cls.__name__}", got=got)
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from opsin import hub
+from opsin.backbones.base import read_json
 from opsin.backbones.text_loading import (
     FAMILIES,
     FILES,
     build,
     files_of,
-    read_json,
     settings_of,
     text_config,
     tokenizer_of,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsin import hub
-from opsin.backbones.base import quiet
+from opsin.backbones.base import first_line, quiet, read_json
 from opsin.errors import InvalidCheckpoint, MissingExtra, MissingFile, ModelUnavailable
 from opsin.runtime import is_out_of_memory
 
@@ -57,19 +56,6 @@ def files_of(ref: str | Path) -> Path:
     return folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ``MissingFile`` or ``InvalidCheckpoint`` when that cannot be."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingFile(f"The folder of a text tower holds {path.name}", got=str(path.parent)) from error
-    except (ValueError, OSError) as error:
-        raise InvalidCheckpoint(f"{path.name} is a JSON file", got=f"{path} ({error})") from error
-    if not isinstance(values, dict):
-        raise InvalidCheckpoint(f"{path.name} is a JSON object", got=str(path))
-    return values
-
-
 def settings_of(folder: Path) -> dict[str, Any]:
     """What the tokeniser's own config says, special tokens as plain strings."""
     values: dict[str, Any] = {}
@@ -86,7 +72,7 @@ def text_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the checks of configs raise their own
-        raise InvalidCheckpoint("config.json must describe the model", got=f"{folder} ({_line(error)})") from error
+        raise InvalidCheckpoint("config.json must describe the model", got=f"{folder} ({first_line(error)})") from error
     return getattr(config, "text_config", config)
 
 
@@ -106,7 +92,7 @@ def tokenizer_of(folder: Path, settings: dict[str, Any], limit: int, length: int
     except (MissingExtra, MissingFile):
         raise
     except Exception as error:  # the library raises plain Exception
-        raise InvalidCheckpoint("The tokeniser must be readable", got=f"{folder} ({_line(error)})") from error
+        raise InvalidCheckpoint("The tokeniser must be readable", got=f"{folder} ({first_line(error)})") from error
     name = settings.get("pad_token") or (tokenizer.padding or {}).get("pad_token")
     pad = tokenizer.token_to_id(name) if name else None
     if pad is None:
@@ -149,7 +135,7 @@ def build(family: Family, config: Any, tensors: dict[str, Tensor], dtype: torch.
     except Exception as error:  # each library raises its own on weights that do not fit
         if is_out_of_memory(error):
             raise
-        raise InvalidCheckpoint(f"The text tensors of {what} must fit {family.model}", got=_line(error)) from error
+        raise InvalidCheckpoint(f"The text tensors of {what} must fit {family.model}", got=first_line(error)) from error
     extra = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]  # of older versions
     problems = [
         f"{label}: {', '.join(sorted(map(str, names))[:3])}"
@@ -159,7 +145,3 @@ def build(family: Family, config: Any, tensors: dict[str, Tensor], dtype: torch.
     if problems:
         raise InvalidCheckpoint(f"The text tensors of {what} must fit {family.model}", got="; ".join(problems))
     return model
-
-
-def _line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
