@@ -118,7 +118,8 @@ def cropping_factor(box: Box, size: Size, margin: float = 1.5, limits: tuple[flo
 
 def _cut(picture: Tensor, window: Window) -> Crop:
     x1, y1, x2, y2 = window
-    size, part = _size(picture), picture[:, y1:y2, x1:x2]
+    size = _size(picture)
+    part = picture if window == (0, 0, *size[::-1]) else picture[:, y1:y2, x1:x2]  # itself: known to who knows it
     part = part.float() / 255 if not part.is_floating_point() else part
     scale = size[1] / (x2 - x1), size[0] / (y2 - y1)
     if part.shape[1:] != picture.shape[1:]:
