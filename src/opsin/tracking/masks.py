@@ -5,13 +5,15 @@ Source: REN-VQL (arXiv 2505.18153), whose functions of this kind are OpenCV's.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from opsin.errors import InvalidImage, InvalidPrompt
+from opsin.errors import InvalidImage, InvalidPrompt, check_compat
 from opsin.geometry import mask_boxes
 
 # Weights of the channels in OpenCV's grey, in units of 2^-15.
@@ -49,7 +51,7 @@ def published_box(mask: Tensor) -> tuple[int, int, int, int]:
     return x1, y1, x2 - x1 - 1, y2 - y1 - 1
 
 
-def sharpness(picture: Tensor, *, compat: str | None = None) -> float:
+def sharpness(picture: Tensor, *, compat: Literal["published"] | None = None) -> float:
     """Variance of the Laplacian of the grey of ``picture (3, H, W)``, uint8 or float in [0, 1]: low is blurred.
 
     On the scale of grey values 0–255. ``compat="published"`` takes red for blue, as the published code does.
@@ -57,7 +59,7 @@ def sharpness(picture: Tensor, *, compat: str | None = None) -> float:
     if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
         raise InvalidImage("A picture has shape (3, H, W)", got=tuple(picture.shape))
     pixels = picture if picture.dtype == torch.uint8 else (picture.float() * 255).round()
-    weights = torch.tensor(_GREY if compat is None else _GREY[::-1], device=picture.device)
+    weights = torch.tensor(_GREY[::-1] if check_compat(compat) else _GREY, device=picture.device)
     # round to whole grey values, as OpenCV does
     grey = ((pixels.long() * weights[:, None, None]).sum(0) + (1 << 14) >> 15).double()
     pad = "reflect" if min(grey.shape) > 1 else "replicate"

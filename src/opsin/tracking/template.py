@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opsin.errors import InvalidConfig, InvalidPrompt
+from opsin.errors import InvalidConfig
 from opsin.geometry import check_box, check_points
 from opsin.images import unfit
 from opsin.tracking.base import Step, pairs
@@ -52,14 +52,14 @@ class TemplateTracker:
         self.template, self.encode, self.keep = template, encode, keep
 
     def track(self, reader: VideoReader, seed: Step, *, start: float = 0.0, stop: float | None = None) -> list[Step]:
-        """As ``Tracker.track``. The seed's score is that of the template, above 0; its box is kept as given.
+        """As ``Tracker.track``. The seed's score is that of the template; its box is kept as given.
 
         A few frames in a row without the object are needed to end the track. A box stays within a factor of 2 of the
-        seed's sides.
+        seed's sides. A seed with a score that is not above 0 is not to be told from the background, and stays alone.
         """
         check_seed(seed, reader.size, start, stop)
         if not seed.score > 0:
-            raise InvalidPrompt("The seed of a template tracker has a score above 0", got=seed.score)
+            return [seed]
         keep, natural = self.keep * seed.score, seed.box[2:] - seed.box[:2]
         template = replace(self.template, size=natural)
 
