@@ -58,8 +58,8 @@ class Sam2Tracker:
             ref: a SAM 2 with its memory, ``model_type`` sam2_video, as all of the catalogue are.
             device, dtype: as everywhere; ``"auto"`` is bfloat16 where the hardware has it, as published.
             window: frames followed at most, each way.
-            offload: keep what is remembered of frames in the memory of the host instead of that of the device; some
-                50 MB in float32, however long the video.
+            offload: keep what is remembered of frames in the memory of the host instead of that of the device: 25 MB in
+                float32, however long the video.
 
         Raises:
             UnknownModel, ModelUnavailable, MissingFile, InvalidConfig (not a SAM 2 of videos), InvalidCheckpoint.
@@ -91,6 +91,7 @@ class Sam2Tracker:
             inference_device=self.model.device, inference_state_device=state, video_storage_device=self.model.device,
             dtype=self.model.dtype,
         )  # fmt: skip
+        session.cache.inference_state_device = self.model.device  # what is in it is needed again at once
         corners = box.detach().cpu().double().reshape(2, 2)
         limit = corners.new_tensor([size[1], size[0]])
         corners = torch.minimum(corners.clamp(min=0), limit) * (self.masks.side / limit)
@@ -131,10 +132,13 @@ class Sam2Tracker:
 def _forget(session: Any, before: int) -> None:
     """Drop the frame just seen, masks at the model's size, and all that is remembered of frames up to ``before``."""
     session.processed_frames.clear()
+    session.cache.clear_all()
     for outputs in session.output_dict_per_obj[0].values():
         for output in outputs.values():
             output.pop("high_res_masks", None)
             output.pop("pred_masks", None)
+            for name in ("maskmem_features", "maskmem_pos_enc"):
+                output[name] = output[name].to(session.inference_state_device)
     recent = session.output_dict_per_obj[0]["non_cond_frame_outputs"]
     for old in [distance for distance in recent if distance <= before]:
         del recent[old]
@@ -145,4 +149,3 @@ def _start_again(session: Any) -> None:
     """Remember the seed only, to walk the other way: the published tracker reverses the frames for that."""
     session.output_dict_per_obj[0]["non_cond_frame_outputs"].clear()
     session.frames_tracked_per_obj[0].clear()
-    session.cache.clear_all()
