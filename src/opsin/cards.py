@@ -41,8 +41,9 @@ class ModelCard:
     space), ``scra`` and ``scga`` scaling of the two correlations (0: off), ``crop`` and ``stride`` of the windows in
     pixels (crop 0: one pass), ``denoise`` the probability that a class has to reach somewhere, ``refiner`` the SAM
     whose decoder sharpens masks.
-    Codecs only: ``activation`` of the code ("" for none), which nothing in the weights tells, and ``sizes`` of the
-    networks: encoder depth and heads, decoder width, depth and heads.
+    Codecs only: ``activation`` of the code ("" for none), which nothing in the weights tells; ``sizes``: encoder depth
+    and heads, decoder width, depth and heads, and height and width of the canvas where it is not square (then
+    ``image_size`` is the shorter side); ``fit`` may be ``"crop"`` too.
     Trackers have nothing of their own: ``opsin.tracking.sam2`` reads the rest from the files.
     ``measured`` holds quality numbers with their protocol as the key.
     """
@@ -75,7 +76,7 @@ class ModelCard:
     grid_size: int = 0
     threshold: float = 0.9
     grouping: Literal["components", "average"] = "components"
-    fit: Literal["stretch", "pad"] = "stretch"
+    fit: Literal["stretch", "pad", "crop"] = "stretch"
     regions: str = ""
     tokens: str = ""
     preset: str = ""

@@ -97,7 +97,8 @@ class RegionModel(nn.Module):
         self, images: ImageSource | Sequence[ImageSource], *, size: int | None = None, batch_size: int = 8
     ) -> list[FeatureMap]:
         """Feature maps of images, one each: the expensive step, done once per image."""
-        return self.backbone.encode(images, size=size or self.card.image_size, fit=self.card.fit, batch_size=batch_size)
+        fit: Any = self.card.fit  # "crop" is for codecs; the backbone refuses it
+        return self.backbone.encode(images, size=size or self.card.image_size, fit=fit, batch_size=batch_size)
 
     @torch.inference_mode()
     def memory(self, features: FeatureMap) -> RegionMemory:
