@@ -180,7 +180,8 @@ def refine(
     accepted = predicted > iou
     doubted = _cover(regions, (~accepted).tolist(), size).to(best.device)
     kept = (best <= 0) | (labels == UNKNOWN)
-    if compat is None or not accepted.any():
+    whole = compat is None or not accepted.any()  # regions that were not accepted stay as they are
+    if whole:
         kept |= doubted
         scores = torch.where(kept, _own(labels, probabilities), best)
     else:
@@ -188,7 +189,6 @@ def refine(
     if out is not None:
         for index, plane in enumerate(out):
             p = probabilities[index]
-            whole = compat is None or not accepted.any()
             plane.copy_(torch.where(kept, p, plane) if whole else torch.maximum(p * doubted, plane))
     return Refinement(torch.where(kept, labels, winner), scores, ~kept, regions, predicted, accepted)
 
@@ -221,10 +221,10 @@ def find_regions(
         if place is None:
             continue
         p = _resized(probabilities[index], (h, w))
-        values = p[place].cpu().numpy()
-        inside = grid[place] == index
         if published and p.max() < coarse_threshold:
             continue
+        values = p[place].cpu().numpy()
+        inside = grid[place] == index
         if not published:
             inside &= values >= coarse_threshold
         numbers, count = ndimage.label(inside, np.ones((3, 3)))
@@ -338,7 +338,8 @@ def _check(labels: Tensor, probabilities: Tensor | ClassMaps, out: Tensor | None
         got = f"labels {size}, {count} maps {plane}"
         raise InputError("Labels (H, W) come with probabilities (C, H, W), none of them 0", got=got)
     if labels.is_floating_point() or int(labels.min()) < UNKNOWN or int(labels.max()) >= count:
-        raise InputError(f"Labels are {UNKNOWN} or the number of a class, below {count}", got=labels.dtype)
+        got = f"{labels.dtype}, from {labels.min()} to {labels.max()}"
+        raise InputError(f"Labels are {UNKNOWN} or the number of a class, below {count}", got=got)
     if probabilities[0].dtype not in (torch.float32, torch.float64):
         raise InputError("Probabilities are float32 or float64", got=probabilities[0].dtype)
     if out is not None and tuple(out.shape) != (count, *size):
