@@ -349,6 +349,13 @@ def test_vectors_that_cannot_be(codec, tmp_path, call):
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_gives_nothing(codec):
+    assert len(codec.encode([])) == 0
+    assert codec.decode(codec.encode([])).shape == (0, 3, 32, 32)
+    assert codec.encode_tokens([]).shape == (0, 17, 32)
+    assert codec.decode_tokens(codec.encode_tokens([])).shape == (0, 3, 32, 32)
+
+
 def test_wrong_tokens(codec):
     with pytest.raises(UnsupportedSize):
         codec.decode_tokens(torch.randn(1, 16, 32))
@@ -396,6 +403,8 @@ def test_codes_in_parts():
     assert joined.names == code.names
     with pytest.raises(IncompatibleModel):
         ImageCode.join([code, some_code()])
+    with pytest.raises(IncompatibleModel, match="names"):
+        ImageCode.join([some_code(), some_code(names=("a", "b", "c", "d"))])
     with pytest.raises(IncompatibleModel):
         ImageCode.join([])
 
@@ -409,6 +418,8 @@ def test_codes_in_parts():
         {"vectors": torch.zeros(4, 32, dtype=torch.long)},
         {"scales": torch.ones(4)},
         {"sizes": ((1, 1),)},
+        {"sizes": ((1, 1),) * 3 + ((0, 5),)},
+        {"sizes": ((1, 1),) * 3 + ((5,),)},
         {"names": ("a",)},
         {"fit": "squash"},
     ],
@@ -419,6 +430,12 @@ def test_codes_that_cannot_be(changes):
 
 
 def test_files_that_are_no_codes(tmp_path, codec):
+    from safetensors.torch import save_file
+
+    facts = {"format": "opsin.image_code", "model": "m", "fit": "stretch", "loss": "0.0", "names": "3"}
+    save_file({"vectors": torch.zeros(1, 4), "sizes": torch.ones(1, 2)}, tmp_path / "names", metadata=facts)
+    with pytest.raises(InvalidCheckpoint):
+        ImageCode.load(tmp_path / "names")
     path = some_code().save(tmp_path / "codes.safetensors")
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InvalidCheckpoint):

@@ -52,6 +52,8 @@ class ImageCode:
                 raise InputError("Codes are finite numbers", got="NaN or infinity")
         if len(self.sizes) != len(vectors):
             raise InputError(f"{len(vectors)} codes have as many image sizes", got=len(self.sizes))
+        if any(len(size) != 2 or min(size) < 1 for size in self.sizes):
+            raise InputError("Image sizes are (H, W), at least one pixel", got=self.sizes[:3])
         if self.names and len(self.names) != len(vectors):
             raise InputError(f"{len(vectors)} codes have as many names, or none", got=len(self.names))
 
@@ -111,10 +113,11 @@ class ImageCode:
 
     @classmethod
     def join(cls, parts: Sequence[ImageCode]) -> ImageCode:
-        """Codes of one model, one precision and one fit as one; ``IncompatibleModel`` when they differ in these."""
+        """Codes of one model, precision and fit as one, all or none with names; else ``IncompatibleModel``."""
         kinds = {(part.model, part.fit, part.vectors.dtype, part.dim, bool(part.names)) for part in parts}
         if len(kinds) != 1:
-            raise IncompatibleModel("Codes to join are of one model, precision and fit", got=f"{len(kinds)} kinds")
+            rule = "Codes to join are of one model, precision and fit, and all have names or none has"
+            raise IncompatibleModel(rule, got=f"{len(kinds)} kinds")
         scales = [part.scales for part in parts if part.scales is not None]
         return replace(
             parts[0],
@@ -169,5 +172,5 @@ class ImageCode:
             )  # fmt: skip
         except InputError as error:
             raise InvalidCheckpoint("A file of image codes is sound", got=f"{path} ({error})") from error
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             raise InvalidCheckpoint("A file of image codes must be whole", got=f"{path} ({error})") from error

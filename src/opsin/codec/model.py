@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -322,7 +323,7 @@ class Codec(nn.Module):
 
         with fast_matmul():
             found = in_batches(run, sources, batch_size)
-        return torch.stack(found)
+        return torch.stack(found) if found else torch.zeros((0, 1 + math.prod(self.encoder.grid), self.dim))
 
     @torch.no_grad()
     def decode_tokens(self, tokens: Tensor, *, batch_size: int = 16) -> Tensor:
@@ -333,7 +334,8 @@ class Codec(nn.Module):
 
         _check_finite(tokens)
         with fast_matmul():
-            return torch.stack(in_batches(run, range(len(tokens)), batch_size))
+            found = in_batches(run, range(len(tokens)), batch_size)
+        return torch.stack(found) if found else torch.zeros((0, 3, *self.size))
 
     def _canvas(self, pictures: Sequence[Tensor], fit: CodecFit) -> Tensor:
         laid = torch.stack([cv.lay(picture, self.size, fit) for picture in pictures])
