@@ -267,6 +267,14 @@ def reference_logits(tracker: Sam2Tracker, frames: list[Tensor], order: range, b
     return {order[o.frame_idx]: o.pred_masks[0].clone() for o in outputs}
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The mask logits of every frame that a tracker meets from now on."""
+    seen: list[Tensor] = []
+    full_size = sam2_video.full_size
+    monkeypatch.setattr(sam2_video, "full_size", lambda x, size: (seen.append(x.clone()), full_size(x, size))[1])
+    return seen
+
+
 @pytest.mark.parametrize("window", [1, 500])
 def test_streaming_is_the_whole_video_at_once(
     window: int, folder: Path, frames: list[Tensor], reader: VideoReader, monkeypatch: pytest.MonkeyPatch
@@ -275,9 +283,7 @@ def test_streaming_is_the_whole_video_at_once(
     box, start = box_at(SEED), SEED
     ahead = reference_logits(tracker, frames, range(start, COUNT), box)
     back = reference_logits(tracker, frames, range(start, -1, -1), box)
-    seen: list[Tensor] = []
-    full_size = sam2_video.full_size
-    monkeypatch.setattr(sam2_video, "full_size", lambda x, size: (seen.append(x.clone()), full_size(x, size))[1])
+    seen = recorded(monkeypatch)
     steps = tracker.track(reader, Step(start, start / 10, box, 0.5))
     walked = [*range(start, COUNT)[: window + 1], *range(start - 1, -1, -1)[:window]]
     assert len(seen) == len(walked)
@@ -286,7 +292,7 @@ def test_streaming_is_the_whole_video_at_once(
         torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
     spread = torch.stack(list(ahead.values())).std(0).mean()
     assert spread > 0.05, "frames differ, and so do their masks"
-    want_box = mask_boxes(full_size(ahead[start + 1], SIZE))[0]
+    want_box = mask_boxes(sam2.full_size(ahead[start + 1], SIZE))[0]
     assert torch.equal(next(s.box for s in steps if s.frame == start + 1), want_box)
 
 
@@ -341,19 +347,29 @@ def test_a_track_ends_where_the_mask_is_empty(
     assert tracker.track(reader, seed) == [seed]
 
 
-def test_frames_that_cannot_be_read_are_bridged(folder: Path, tmp_path: Path, frames: list[Tensor]) -> None:
+def test_frames_that_cannot_be_read_are_bridged(
+    folder: Path, tmp_path: Path, frames: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from PIL import Image
 
     for i, frame in enumerate(frames[:12]):
         Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:02}.png")
-    for broken in (4, 8):
+    for broken in (4, 9):
         (tmp_path / f"{broken:02}.png").write_bytes(b"no picture")
     video = open_video(tmp_path, fps=10)
     tracker = Sam2Tracker.from_pretrained(folder, device="cpu")
     steps = tracker.track(video, Step(6, 0.6, box_at(6), 1.0))
     assert [s.frame for s in steps] == list(range(12))
-    assert [s.frame for s in steps if math.isnan(s.score)] == [4, 8]
+    assert [s.frame for s in steps if math.isnan(s.score)] == [4, 9]
     torch.testing.assert_close(steps[4].box, (steps[3].box + steps[5].box) / 2)
+    seen = recorded(monkeypatch)
+    tracker.track(video, Step(6, 0.6, box_at(6), 1.0))
+    both = list(seen)
+    seen.clear()
+    tracker.track(video, Step(6, 0.6, box_at(6), 1.0), stop=0.65)
+    back = seen[1:]
+    assert len(back) == 5
+    assert all(torch.equal(a, b) for a, b in zip(both[-5:], back, strict=True)), "neither way knows of the other"
     with pytest.raises(InvalidPrompt, match="frame 4"):
         tracker.track(video, Step(4, 0.4, box_at(4), 1.0))
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from opsin.geometry import box_iou
-from opsin.tracking.masks import BLURRED, largest_component, published_box, sharpness
+from opsin.tracking.masks import largest_component, published_box
 
 Array = np.ndarray
 
@@ -17,15 +16,3 @@ def vq_largest_component(mask: Array) -> Array:
 
 def vq_mask_box(mask: Array) -> list[int]:
     return list(published_box(torch.from_numpy(mask)))
-
-
-def vq_box_iou(a: list[float], b: list[float]) -> float:
-    """Of boxes x, y, width, height."""
-    first, second = (torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64) for x, y, w, h in (a, b))
-    return float(box_iou(first, second))
-
-
-def vq_blur(image: Array) -> tuple[float, bool]:
-    """Of an image (H, W, 3) uint8: the variance of its Laplacian, and whether that counts as blurred."""
-    value = sharpness(torch.from_numpy(image).permute(2, 0, 1), compat="published")
-    return value, value < BLURRED

@@ -1,24 +1,14 @@
-"""Small tools for masks: the largest piece, the box as the published code writes it, and whether a picture is blurred.
-
-Source: REN-VQL (arXiv 2505.18153), whose functions of this kind are OpenCV's.
-"""
+"""Small tools for masks: the largest piece, the piece at a point, the box as the published REN-VQL writes it."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
-from torch.nn import functional as F
 
-from opsin.errors import InvalidImage, InvalidPrompt, check_compat
+from opsin.errors import InvalidPrompt
 from opsin.geometry import mask_boxes
-
-# Weights of the channels in OpenCV's grey, in units of 2^-15.
-_GREY = (9798, 19235, 3735)
-BLURRED = 100.0  # published: a picture of less sharpness is blurred
 
 
 def largest_component(mask: Tensor) -> Tensor:
@@ -49,21 +39,3 @@ def published_box(mask: Tensor) -> tuple[int, int, int, int]:
         raise InvalidPrompt("A mask holds at least one pixel", got="an empty mask")
     x1, y1, x2, y2 = (int(v) for v in mask_boxes(mask[None].bool())[0].tolist())
     return x1, y1, x2 - x1 - 1, y2 - y1 - 1
-
-
-def sharpness(picture: Tensor, *, compat: Literal["published"] | None = None) -> float:
-    """Variance of the Laplacian of the grey of ``picture (3, H, W)``, uint8 or float in [0, 1]: low is blurred.
-
-    On the scale of grey values 0–255. ``compat="published"`` takes red for blue, as the published code does.
-    """
-    if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
-        raise InvalidImage("A picture has shape (3, H, W)", got=tuple(picture.shape))
-    pixels = picture if picture.dtype == torch.uint8 else (picture.float() * 255).round()
-    weights = torch.tensor(_GREY[::-1] if check_compat(compat) else _GREY, device=picture.device)
-    # round to whole grey values, as OpenCV does
-    grey = ((pixels.long() * weights[:, None, None]).sum(0) + (1 << 14) >> 15).double()
-    pad = "reflect" if min(grey.shape) > 1 else "replicate"
-    around = F.pad(grey[None, None], (1, 1, 1, 1), mode=pad)[0, 0]
-    centre = around[1:-1, 1:-1]
-    laplacian = around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:] - 4 * centre
-    return float(laplacian.var(correction=0))
