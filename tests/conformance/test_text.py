@@ -325,6 +325,7 @@ def test_refused_texts(saved: dict[str, tuple[Path, Any]], tmp_path: Path):
     for texts in ("cat", [3], ["cat", None]):
         with pytest.raises(InvalidPrompt, match="list of strings"):
             encoder.encode(texts)
+    assert torch.equal(encoder.encode(text for text in ["cat", "dog"]), encoder.encode(["cat", "dog"]))
     folder = link(saved["clip"][0], tmp_path / "m")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["dog"] = 40

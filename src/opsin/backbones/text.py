@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ class TextEncoder(nn.Module):
         return vectors.to(next(self.parameters()).dtype)  # a mean over integers of a mask comes out wider
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
+    def encode(self, texts: Iterable[str], *, batch_size: int = 64) -> Tensor:
         """Vectors of texts, not normalised.
 
         Args:
@@ -91,8 +91,11 @@ class TextEncoder(nn.Module):
         Raises:
             InvalidPrompt: something that is no text.  ResourceError: one text does not fit into memory.
         """
-        for text in [texts] if isinstance(texts, str) else texts:
-            if not isinstance(text, str) or isinstance(texts, str):
+        if isinstance(texts, str):
+            raise InvalidPrompt("Texts are a list of strings", got=f"str {texts!r}")
+        given = list(texts)
+        for text in given:
+            if not isinstance(text, str):
                 raise InvalidPrompt("Texts are a list of strings", got=f"{type(text).__name__} {text!r}")
         parameter = next(self.parameters())
 
@@ -100,7 +103,7 @@ class TextEncoder(nn.Module):
             ids, mask = (part.to(parameter.device) for part in self.tokenize(batch))
             return list(self(ids, mask if self._masked else None))
 
-        rows = in_batches(run, list(texts), batch_size)
+        rows = in_batches(run, given, batch_size)
         return torch.stack(rows) if rows else parameter.new_zeros(0, self.dim)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
