@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from opsin import hub
@@ -139,6 +140,15 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path):
         rows = vocabulary.embed(as_labels("cat, dog"))
     assert rows.shape == (2, DIM)
     assert torch.equal(vocabulary.embed(as_labels("cat")), rows[:1])
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*given: object):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hub, "save_safetensors", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        assert Vocabulary(Tower, "m", DIM, tmp_path).embed(as_labels("cat, dog")).shape == (2, DIM)
 
 
 def test_wrong_towers():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CHUNK = 256  # sentences encoded between two writes to disk
 _KEPT = 20_000  # rows held in memory
-_ASKED = 64  # questions whose rows are at hand: putting 150 labels into 80 sentences costs more than the answer
+_ASKED = 64  # questions whose rows are kept at hand: to put 150 labels into 80 sentences takes longer than to answer
 
 
 class Vocabulary:
@@ -139,12 +139,14 @@ class Vocabulary:
         return True
 
     def _write(self, key: str) -> None:
+        from safetensors import SafetensorError
+
         path = self._path(key)
         if path is None:
             return
         try:
             hub.save_safetensors({"embedding": self._rows[key]}, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the second on a full disk
             warnings.warn(f"Embeddings of words cannot be kept in {self._folder}: {error}", stacklevel=2)
             self._folder = None
 
