@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from opsin import hub, remote_tensors
 from opsin.backbones.text import load_text
+from opsin.cards import ModelCard
 from opsin.errors import InvalidCheckpoint, MissingFile, ModelUnavailable
 from opsin.remote_tensors import fetch_tensors, load_tensors, read_tensors
 from tests.conformance.test_text import full_model, save_tokenizer
@@ -295,6 +296,22 @@ def test_a_text_tower_from_the_hub(server: Hub, tmp_path: Path, family: str, mon
     use_port(monkeypatch, 9)  # there is no network, and nobody has said so
     assert torch.equal(load_text("hf:org/repo").encode(["a red cat", "dog"]), rows)
     assert len(server.asked) == before
+
+
+def test_a_pickle_of_something_else(tmp_path: Path):
+    torch.save([torch.zeros(2)], tmp_path / "pytorch_model.bin")
+    with pytest.raises(InvalidCheckpoint, match="by name"):
+        load_tensors(tmp_path, is_text, part="text")
+    torch.save({3: torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InvalidCheckpoint, match="text half"):
+        load_tensors(tmp_path, is_text, part="text")
+
+
+def test_a_folder_is_read_itself_whatever_its_card_says(tmp_path: Path):
+    ModelCard("copy", "backbone", "clip", source="hf:org/repo").save(tmp_path / "card.json")
+    save_file(STATE, tmp_path / "model.safetensors")
+    for ref in (tmp_path, str(tmp_path), f"dir:{tmp_path}"):
+        assert equal(load_tensors(ref, is_text, part="text"), TEXT)
 
 
 def test_local_folders(tmp_path: Path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsin import hub
+from opsin.cards import catalogue
 from opsin.errors import InvalidCheckpoint, MissingFile, ModelUnavailable
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def load_tensors(ref: str | Path, wanted: Wanted, *, part: str) -> dict[str, Ten
     Raises:
         MissingFile, ModelUnavailable, GatedModel, InvalidConfig, InvalidCheckpoint (damaged, or nothing wanted in it).
     """
-    card = None if isinstance(ref, Path) or ref.startswith(("hf:", "dir:")) else hub.card_of(ref)
+    card = catalogue().get(str(ref))  # the card inside a folder may name the repository that it was copied from
     if card is not None and card.repo:
         ref = f"hf:{card.repo}@{card.revision}"
     if isinstance(ref, str) and ref.startswith("hf:"):
@@ -77,7 +78,10 @@ def read_tensors(path: str | Path, wanted: Wanted = lambda name: True) -> dict[s
 
     path = hub.check_file(path)
     if path.suffix != ".safetensors":
-        return {key: value for key, value in hub.load_pickle(path).items() if wanted(key)}
+        content = hub.load_pickle(path)
+        if not isinstance(content, dict):
+            raise InvalidCheckpoint("A weight file holds tensors by name", got=f"{type(content).__name__} in {path}")
+        return {str(key): value for key, value in content.items() if wanted(str(key))}
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
