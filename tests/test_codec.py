@@ -692,6 +692,9 @@ def test_start_from_the_files_on_the_hub(tmp_path, file):
     (tmp_path / "model.safetensors").unlink(missing_ok=True)
     with pytest.raises(InvalidCheckpoint, match="cls_token"):
         Codec.from_mae(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(MissingFile, match=r"model\.safetensors"):
+        Codec.from_mae(tmp_path)
 
 
 def test_start_without_a_network(tmp_path, monkeypatch):

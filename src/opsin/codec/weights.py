@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from opsin.codec.decoder import CodecDecoder
 from opsin.codec.download import download
 from opsin.codec.encoder import CodecEncoder
 from opsin.codec.layers import assign, count_blocks, shape_of, square
-from opsin.errors import InvalidCheckpoint, ModelUnavailable
+from opsin.errors import InvalidCheckpoint, MissingFile
+from opsin.remote_tensors import read_tensors
 
 HEADS = {config.dim: config.heads for config in SIZES.values()}
 VISUALIZE = "https://dl.fbaipublicfiles.com/mae/visualize/"  # MAE with its decoder, trained on plain pixels
@@ -213,14 +215,11 @@ def read_mae(ref: str | Path) -> tuple[dict[str, Tensor], tuple[int, int] | None
 def _folder_state(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise ModelUnavailable("The folder holds model.safetensors", got=str(folder))
-    load = hub.load_safetensors if files[0].suffix == ".safetensors" else hub.load_pickle
-    return {key: value for file in files for key, value in load(file).items()}
+        raise MissingFile("The folder of an MAE holds model.safetensors", got=str(folder))
+    return {key: value for file in files for key, value in read_tensors(file).items()}
 
 
 def _stated_heads(folder: Path) -> tuple[int, int] | None:
-    import json
-
     try:
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return int(facts["num_attention_heads"]), int(facts["decoder_num_attention_heads"])
