@@ -427,6 +427,8 @@ def test_predictions_are_checked():
         segmentation.confusion(torch.zeros(2, 3), torch.zeros(3, 2), 2)
     with pytest.raises(InputError, match="-1 … 1"):
         segmentation.confusion(torch.full((2, 2), 2), torch.zeros(2, 2), 2)
+    with pytest.raises(InputError, match="True classes"):
+        segmentation.confusion(torch.zeros(2, 2), torch.full((2, 2), 2), 2)
 
 
 def test_nothing_to_count():

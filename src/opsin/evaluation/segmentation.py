@@ -48,8 +48,9 @@ def confusion(prediction: Tensor, truth: Tensor, classes: int) -> np.ndarray:
     if prediction.shape != truth.shape:
         raise InputError("Prediction and truth have one shape", got=f"{prediction.shape} and {truth.shape}")
     predicted, true = prediction.reshape(-1).cpu().long(), truth.reshape(-1).cpu().long()
-    if predicted.numel() and not -1 <= int(predicted.min()) <= int(predicted.max()) < classes:
-        raise InputError(f"Predictions lie in -1 … {classes - 1}", got=(int(predicted.min()), int(predicted.max())))
+    for what, values in (("Predictions", predicted), ("True classes", true)):
+        if values.numel() and not -1 <= int(values.min()) <= int(values.max()) < classes:
+            raise InputError(f"{what} lie in -1 … {classes - 1}", got=(int(values.min()), int(values.max())))
     counted = true >= 0
     predicted = torch.where(predicted < 0, classes, predicted)[counted]
     cells = torch.bincount(true[counted] * (classes + 1) + predicted, minlength=classes * (classes + 1))
