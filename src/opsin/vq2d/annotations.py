@@ -19,6 +19,7 @@ from opsin.errors import InputError, InvalidDataset, MissingFile
 from opsin.geometry import Size
 from opsin.vq2d.metrics import BoxTrack
 
+LISTED_VERSION = "1.0.5"  # lists carry none
 _NAME = re.compile(r"[\w][\w.-]*")
 
 
@@ -88,11 +89,16 @@ class Clip:
 
 @dataclass(frozen=True)
 class Annotations:
-    """A file: its ``clips`` in order, and ``tree``, the JSON itself; None for the list form, which has no tree."""
+    """A file: its ``clips`` in order, and ``tree``, the JSON of videos, clips and annotations that they come from.
+
+    ``listed``: the file was a flat list, which does not say what belonged to one annotation; each of its entries then
+    is an annotation of its own, good for predicting and measuring, not for the challenge.
+    """
 
     version: str
     clips: tuple[Clip, ...]
-    tree: Mapping[str, Any] | None
+    tree: Mapping[str, Any]
+    listed: bool = False
 
     @classmethod
     def load(cls, path: str | Path) -> Annotations:
@@ -102,15 +108,14 @@ class Annotations:
     @classmethod
     def parse(cls, data: Any) -> Annotations:
         """From the JSON of either form."""
-        if isinstance(data, list):
-            return cls("", tuple(_listed(data)), None)
-        return cls(str(mapping(data, "the file").get("version", "")), tuple(_clips(data)), data)
+        tree = _tree(data) if isinstance(data, list) else mapping(data, "the file")
+        return cls(str(tree.get("version", "")), tuple(_clips(tree)), tree, isinstance(data, list))
 
     def require_tree(self) -> Mapping[str, Any]:
-        """``tree``, which files of predictions follow."""
-        if self.tree is None:
+        """``tree`` where it is that of the file, which files for the challenge follow; else ``InvalidDataset``."""
+        if self.listed:
             raise InvalidDataset(
-                "Prediction files follow the tree of videos, clips and annotations", got="the flat list form",
+                "A file for the challenge follows the tree of videos, clips and annotations", got="the flat list form",
                 remedy="Give vq_train.json, vq_val.json or vq_test_unannotated.json.",
             )  # fmt: skip
         return self.tree
@@ -118,10 +123,10 @@ class Annotations:
 
 def clip_name(video_uid: str, uid: str | None, start: float, end: float) -> str:
     """What a clip is called: its uid, or its video and times."""
-    name = uid if uid is not None else f"{video_uid}-{start:g}-{end:g}"
-    if not _NAME.fullmatch(name):
-        raise InvalidDataset("The uid of a clip is fit for a file name", got=f'"{name}"')
-    return name
+    for name in (video_uid, uid):
+        if name is not None and not _NAME.fullmatch(str(name)):
+            raise InvalidDataset("The uids of videos and clips are fit for file names", got=f'"{name}"')
+    return uid if uid is not None else f"{video_uid}-{start:g}-{end:g}"
 
 
 def read_json(path: str | Path) -> Any:
@@ -173,28 +178,32 @@ def _clips(data: Any) -> Iterator[Clip]:
             yield made
 
 
-def _listed(data: Sequence[Any]) -> Iterator[Clip]:
-    """Entries of one clip together, each an annotation of its own: the list does not say which belonged together."""
-    groups: dict[str, list[tuple[str, Any]]] = {}
-    for i, entry in enumerate(data):
+def _tree(entries: Sequence[Any]) -> dict[str, Any]:
+    """The list form as a tree, every entry an annotation of its own."""
+    videos: dict[str, dict[str, Any]] = {}
+    clips: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for i, entry in enumerate(entries):
         place = f"entry {i}"
-        made = _clip(entry, _key(entry, "metadata", place), (), place)
-        groups.setdefault(made.name, []).append((place, entry))
-    for entries in groups.values():
-        place, first = entries[0]
-        annotations = tuple(
-            Annotation(e.get("dataset_uid"), (_query(str(_key(e, "query_set", p)), e, p),)) for p, e in entries
-        )
-        yield _clip(first, first["metadata"], annotations, place)
+        known = mapping(_key(entry, "metadata", place), f"{place}, metadata")
+        uid = _key(known, "video_uid", place)
+        video = videos.setdefault(str(uid), {"video_uid": uid, "clips": []})
+        times = {key: known.get(key) for key in ("video_start_sec", "video_end_sec", "clip_fps")}
+        key = (uid, entry.get("clip_uid"), *times.values())
+        if key not in clips:
+            clips[key] = {"clip_uid": entry.get("clip_uid"), **times, "annotations": []}
+            video["clips"].append(clips[key])
+        sets = {str(_key(entry, "query_set", place)): entry}
+        clips[key]["annotations"].append({"annotation_uid": entry.get("dataset_uid"), "query_sets": sets})
+    return {"version": LISTED_VERSION, "videos": list(videos.values())}
 
 
-def _clip(entry: Any, video: Any, annotations: tuple[Annotation, ...], place: str) -> Clip:
-    times = entry if "clip_fps" in mapping(entry, place) else video
-    start, end = (_number(_key(times, key, place), key, place) for key in ("video_start_sec", "video_end_sec"))
-    fps = _number(_key(times, "clip_fps", place), "clip_fps", place)
+def _clip(clip: Mapping[str, Any], video: Any, annotations: tuple[Annotation, ...], place: str) -> Clip:
+    start, end, fps = (
+        _number(_key(clip, key, place), key, place) for key in ("video_start_sec", "video_end_sec", "clip_fps")
+    )
     if not (end > start and fps > 0):
         raise InvalidDataset(f"{place} ends after it starts, at a positive rate", got=(start, end, fps))
-    return Clip(entry.get("clip_uid"), str(_key(video, "video_uid", place)), start, end, fps, annotations)
+    return Clip(clip.get("clip_uid"), str(_key(video, "video_uid", place)), start, end, fps, annotations)
 
 
 def _query(name: str, entry: Any, place: str) -> QuerySet:

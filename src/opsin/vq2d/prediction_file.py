@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from opsin.errors import InputError, InvalidConfig, InvalidDataset
+from opsin.errors import InputError, InvalidDataset, check_compat
 from opsin.geometry import Size
 from opsin.vq2d.annotations import clip_name, listing, mapping
 from opsin.vq2d.metrics import BoxTrack
@@ -46,7 +46,7 @@ def format_answers(answers: Iterable[Filed], *, compat: str | None = None) -> di
     is missing it is guessed, by counting how often the id of the query set came before in its clip. The guess is wrong
     when an annotation lacks an id that a later one has; without ``compat`` the number has to be given.
     """
-    published = _published(compat)
+    published = check_compat(compat)
     videos: dict[str, dict[str, Any]] = {}
     clips: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for answer in answers:
@@ -82,7 +82,7 @@ def submission(
     ``compat="published"``: as the code of REN, a box of no size at frame 0 instead, in a clip without any predictions
     for the invalid query sets too. Raises ``InvalidDataset`` for a clip that is there twice or not in the annotations.
     """
-    published = _published(compat)
+    published = check_compat(compat)
     found = _collate(files)
     nothing = {"bboxes": [dict.fromkeys(FIELDS, 0)] if published else [], "score": 0.0}
     videos = []
@@ -223,21 +223,6 @@ class _Check:
             self._note(place, f"frames {frames[0]} to {frames[-1]} are not before the query frame {last}")
 
 
-def answers_in(predictions: Mapping[str, Any]) -> dict[tuple[str, str | None, int, str], BoxTrack]:
-    """(video, clip, number of the annotation, query set) → answer, of a file in the format of the challenge.
-
-    Boxes as they stand there. Raises ``InvalidDataset`` for an answer that is not a track.
-    """
-    found: dict[tuple[str, str | None, int, str], BoxTrack] = {}
-    for video in predictions["results"]["videos"]:
-        for clip in video["clips"]:
-            for a, entry in enumerate(clip["predictions"]):
-                for q, answer in entry["query_sets"].items():
-                    place = f'clip {clip["clip_uid"]}, annotation {a}, query set "{q}"'
-                    found[video["video_uid"], clip["clip_uid"], a, q] = track_of(answer, place)
-    return found
-
-
 def track_of(answer: Mapping[str, Any], place: str) -> BoxTrack:
     """``{"bboxes": [...], "score": ...}`` as a track. Raises ``InvalidDataset`` naming ``place``."""
     try:
@@ -246,12 +231,6 @@ def track_of(answer: Mapping[str, Any], place: str) -> BoxTrack:
         raise InvalidDataset(f"The answer of {place} is a track: {error.rule}", got=error.got) from error
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidDataset(f"The answer of {place} has boxes and a score", got=repr(error)) from error
-
-
-def _published(compat: str | None) -> bool:
-    if compat not in (None, "published"):
-        raise InvalidConfig('compat is None or "published"', got=compat)
-    return compat == "published"
 
 
 def _is_number(value: Any) -> bool:

@@ -14,7 +14,7 @@ from opsin.errors import InvalidConfig, InvalidDataset
 from opsin.hub import atomic_path
 from opsin.vq2d.annotations import Annotations
 from opsin.vq2d.metrics import BY_SIZE, Measures, TrackScores
-from opsin.vq2d.prediction_file import answers_in, validate
+from opsin.vq2d.prediction_file import track_of, validate
 
 COLUMNS = ("stAP@0.25", "stAP", "tAP@0.25", "tAP", "recovery", "success")
 # On the validation split, as the README of EGO4D/episodic-memory (VQ2D) gives them; recovery and success as shares.
@@ -39,19 +39,19 @@ def _measure(
 ) -> tuple[TrackScores, list[dict[str, Any]]]:
     """The scores, and who asked each of their queries."""
     known = annotations if isinstance(annotations, Annotations) else Annotations.parse(annotations)
-    validate(known.require_tree(), predictions)
-    answers = answers_in(predictions)
+    validate(known.tree, predictions)
     scores, asked = TrackScores(), []
-    for clip in known.clips:
+    answered = (clip for video in predictions["results"]["videos"] for clip in video["clips"])
+    for clip, answers in zip(known.clips, answered, strict=True):  # in the same order, as validated
         for index, query in clip.queries():
             truth = query.truth()
             if truth is None:
                 continue
-            track = answers.get((clip.video_uid, clip.uid, index, query.id))
-            scores.update([] if track is None else [track], truth, crop=query.crop.box)
+            track = track_of(answers["predictions"][index]["query_sets"][query.id], query.place)
+            scores.update(track, truth, crop=query.crop.box)
             asked.append(
                 {"video": clip.video_uid, "clip": clip.name, "annotation": index, "query_set": query.id}
-                | {"title": query.title, "answered": bool(track)}
+                | {"title": query.title, "answered": len(track) > 0}
             )
     if not asked:
         raise InvalidDataset(
@@ -107,10 +107,7 @@ def summarise(
 
 
 def _query_row(scores: TrackScores, index: int) -> dict[str, Any]:
-    answers = scores.rows[index].answers
-    if not answers:
-        return {"score": None, "tiou": 0.0, "stiou": 0.0, "recovered": 0.0}
-    found = answers[0]
+    found = scores.rows[index].answers[0]
     recovered = found.recovered[0] / scores.rows[index].length
     return {"score": found.score, "tiou": found.tiou, "stiou": found.stiou, "recovered": recovered}
 
