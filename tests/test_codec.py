@@ -864,4 +864,8 @@ def test_pictures_stay_in_their_folder(codec):
     with pytest.raises(InvalidConfig):
         verbs.file_names(some_code(5, names=names), "png")
     assert verbs.file_names(some_code(4, names=names[1:]), "png") == ["a.png", "a.png.png", "b.png", "sub/c.png"]
+    twins = ("sub/a.2.jpg", "sub/a.jpg", "sub/a.jpg", "sub/a.jpg")
+    found = verbs.file_names(some_code(4, names=twins), "png")
+    assert len(set(found)) == 4
+    assert all(name.startswith("sub/") for name in found)
     assert verbs.file_names(torch.zeros(2, 32), "jpg") == ["000000.jpg", "000001.jpg"]

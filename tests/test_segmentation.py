@@ -343,6 +343,15 @@ def test_command_line(model, tmp_path, capsys, monkeypatch):
     assert main(["segment", str(photos), "cat, sofa", "--out", str(tmp_path / "all")]) == 1
     assert "bad.png" in capsys.readouterr().err
     assert len(list((tmp_path / "all").glob("*.png"))) == 2
+    (tmp_path / "more").mkdir()
+    (photos / "0.png").rename(tmp_path / "more" / "0.png")
+    (photos / "1.png").rename(photos / "0.png")
+    twins = [str(photos / "0.png"), str(tmp_path / "more" / "0.png")]
+    assert main(["segment", *twins, "cat, sofa", "--out", str(tmp_path / "twins"), "--overlay", str(tmp_path)]) == 0
+    assert Image.open(tmp_path / "twins/0.labels.png").size == (20, 33)
+    assert Image.open(tmp_path / "twins/0-2.labels.png").size == (60, 40)
+    assert (tmp_path / "0.jpg").exists()
+    assert (tmp_path / "0-2.jpg").exists()
     assert main(["segment", str(tmp_path / "none.png"), "cat"]) == 2
     assert main(["segment", str(photos / "0.png"), "cat, cat"]) == 2
     labels = tmp_path / "labels.json"

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -194,11 +195,11 @@ def file_names(codes: ImageCode | Tensor, suffix: str) -> list[str]:
         if path.is_absolute():  # codes of single files may carry where these were
             path = PurePosixPath(path.name)
         check_inside(str(path))
-        name = str(path.with_suffix(f".{suffix}"))
-        if name in taken:  # photo.jpg and photo.png
-            name = f"{path}.{suffix}" if f"{path}.{suffix}" not in taken else f"{path.stem}.{i}.{suffix}"
-        taken.add(name)
-        found.append(name)
+        # photo.jpg beside photo.png, and files of one name from several folders
+        numbered = (str(path.with_name(f"{path.stem}.{number}.{suffix}")) for number in count(i))
+        candidates = chain([str(path.with_suffix(f".{suffix}")), f"{path}.{suffix}"], numbered)
+        found.append(next(name for name in candidates if name not in taken))
+        taken.add(found[-1])
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
         raise MissingFile("The image file must exist", got=str(paths[0]))
     model = Segmenter.from_pretrained(args.model, language=args.language, device=args.device, dtype=args.dtype)
     bad = 0
-    for path in paths:
+    for path, name in zip(paths, own_names(paths), strict=True):
         try:
-            one(model, path, labels, args, several)
+            one(model, path, name, labels, args, several)
         except (InvalidImage, MissingFile) as error:
             if not several:
                 raise
@@ -59,6 +61,15 @@ def run(args: argparse.Namespace) -> int:
     if bad:
         sys.stderr.write(f"{bad} of {len(paths)} images could not be read\n")
     return 1 if bad else 0
+
+
+def own_names(paths: Sequence[Path]) -> list[str]:
+    """The stem of every file, numbered where another file has it: photo, photo-2."""
+    found: list[str] = []
+    for path in paths:
+        candidates = chain([path.stem], (f"{path.stem}-{number}" for number in count(2)))
+        found.append(next(name for name in candidates if name not in found))
+    return found
 
 
 def read_labels(text: str) -> Any:
@@ -79,8 +90,8 @@ def read_labels(text: str) -> Any:
         raise InvalidConfig("A file of labels is JSON", got=f"{text} ({error})") from error
 
 
-def one(model: Any, path: Path, labels: Any, args: argparse.Namespace, several: bool) -> None:
-    """One image: read, segment, write, report."""
+def one(model: Any, path: Path, stem: str, labels: Any, args: argparse.Namespace, several: bool) -> None:
+    """One image: read, segment, write under the name ``stem``, report."""
     from opsin.images import read_image, save_image
 
     picture = read_image(path)
@@ -89,10 +100,10 @@ def one(model: Any, path: Path, labels: Any, args: argparse.Namespace, several: 
         picture, labels, background=background, threshold=args.threshold, denoise=args.denoise, refine=args.refine,
         crop=args.crop, stride=args.stride, longest=args.longest, compat=args.compat,
     )  # fmt: skip
-    name = f"{path.stem}.labels.png"
+    name = f"{stem}.labels.png"
     out = (args.out / name if several else args.out) if args.out else Path(name)
     found.save(out)
-    overlay = args.overlay and (args.overlay / f"{path.stem}.jpg" if several else args.overlay)
+    overlay = args.overlay and (args.overlay / f"{stem}.jpg" if several else args.overlay)
     if overlay:
         save_image(found.plot(picture), overlay)
     if args.json:
