@@ -279,6 +279,15 @@ def test_a_stream_goes_on_anywhere_and_is_shared_by_processes():
             break
 
 
+def test_rows_without_a_photograph_are_skipped():
+    good = next(data for data in Stream()(0) if data != b"broken")
+    cells = [None, {"bytes": None, "path": None}, {"bytes": None, "path": "/no/such.jpg"}]
+    cells += [{"bytes": good, "path": None}] * 9
+    source = cd.HubImages("rooms", [{"image": cell} for cell in cells], "image")
+    batch = cd.PhotoBatches([source], cd.Crops((16, 16)), batch_size=12)[0]
+    assert {name for name, _ in batch.skipped} == {"rooms 0", "rooms 1", "rooms 2"}
+
+
 def test_data_sets_of_the_hub():
     assert cd.hub_source("imagenet-1k") == ("ILSVRC/imagenet-1k", "train")
     assert cd.hub_source("hf:a/b@test") == ("a/b", "test")

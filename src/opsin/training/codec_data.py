@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from opsin.errors import InvalidDataset, MissingExtra, MissingFile, ModelUnavailable, OpsinError
+from opsin.errors import InvalidDataset, InvalidImage, MissingExtra, MissingFile, ModelUnavailable, OpsinError
 from opsin.geometry import Size
 from opsin.images import SUFFIXES, read_image, to_pil
 from opsin.masks.sources import Archive
@@ -113,9 +113,13 @@ def load_hub(repo: str, split: str, *, streaming: bool) -> tuple[Any, str]:
     return rows.cast_column(columns[0], datasets.Image(decode=False)), columns[0]
 
 
-def encoded(cell: dict[str, Any]) -> bytes:
-    """The bytes of an undecoded image cell."""
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+def encoded(cell: dict[str, Any] | None) -> bytes:
+    """The bytes of an undecoded image cell. ``InvalidImage`` for an empty one, and when its file cannot be read."""
+    content, path = (cell["bytes"], cell["path"]) if cell else (None, None)
+    try:
+        return content if content is not None else Path(path or "").read_bytes()
+    except OSError as error:
+        raise InvalidImage("A row of the data set has a photograph", got=f"{path} ({error})") from error
 
 
 def hub_source(spec: str) -> tuple[str, str] | None:
@@ -361,10 +365,7 @@ def open_stream(spec: str, crops: Crops, *, seed: int, **options: Any) -> Stream
     rows, column, split = _stream(spec)
     splits = getattr(rows.info, "splits", None) or {}
     if split not in splits:
-        raise InvalidDataset(
-            "A stream says how many photographs it has", got=f"{spec}: no count", remedy="streaming=false"
-        )
-
+        raise InvalidDataset("A stream says how many photographs it has", got=spec, remedy="streaming=false")
     return StreamBatches(_Passes(rows, column, seed), splits[split].num_examples, crops, seed=seed, **options)
 
 
@@ -379,7 +380,10 @@ class _Passes:
     def __call__(self, turn: int) -> Iterator[bytes]:
         rows = self.rows.shuffle(seed=self.seed + turn, buffer_size=SHUFFLED)
         for part in rows.iter(batch_size=1):  # iter(rows) would take another order in a process that makes batches
-            yield encoded(part[self.column][0])
+            try:
+                yield encoded(part[self.column][0])
+            except OpsinError:
+                yield b""  # no photograph, and skipped as such
 
 
 def hold_out(sources: Sequence[Photographs], share: float) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
