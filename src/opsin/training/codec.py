@@ -13,8 +13,8 @@ from torch import Tensor
 from opsin.codec import Codec, CodecConfig
 from opsin.codec.config import activation_name, named_config
 from opsin.codec.patches import grid_of, patchify
-from opsin.errors import InvalidConfig, InvalidDataset, MissingExtra
-from opsin.runtime import resolve_device, resolve_dtype
+from opsin.errors import InvalidConfig, InvalidDataset
+from opsin.runtime import resolve_dtype
 from opsin.training.codec_config import CodecTrainingConfig
 from opsin.training.codec_data import (
     Crops,
@@ -27,6 +27,7 @@ from opsin.training.codec_data import (
     open_stream,
 )
 from opsin.training.codec_loop import CodecLoop
+from opsin.training.loop import open_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,12 +46,7 @@ def train_codec(config: CodecTrainingConfig) -> dict[str, Any]:
     Raises ``InvalidConfig``, ``InvalidDataset``, ``MissingFile``, ``MissingExtra``, ``UnsupportedSize``, and what
     loading a codec raises.
     """
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise MissingExtra.of("accelerate", "train", "train") from error
-    device = resolve_device(config.device)
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    accelerator = open_accelerator(config.device)
     config.peak_rate(accelerator.num_processes)
     shape = None if config.init not in ("", "mae") else architecture(config)
     out = Path(config.out)

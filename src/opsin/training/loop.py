@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from opsin import hub
 from opsin.errors import InvalidConfig, MissingExtra, ResourceError
 from opsin.images import to_pil
-from opsin.runtime import progress
+from opsin.runtime import progress, resolve_device
 from opsin.training import losses
 from opsin.training.config import RegionTrainingConfig
 from opsin.training.data import Batch, Batches, loader
@@ -112,6 +112,15 @@ def _gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def open_accelerator(device: str | None) -> Accelerator:
+    """The processes of a run, on ``device`` or the machine's own choice. ``MissingExtra`` without accelerate."""
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise MissingExtra.of("accelerate", "train", "train") from error
+    return Accelerator(cpu=resolve_device(device).type == "cpu")
 
 
 class Run:

@@ -12,15 +12,15 @@ from torch import nn
 
 from opsin import backbones, hub
 from opsin.cards import ModelCard
-from opsin.errors import InvalidConfig, MissingExtra, MissingFile, UnsupportedSize
+from opsin.errors import InvalidConfig, MissingFile, UnsupportedSize
 from opsin.masks.coco import CocoInstances, CocoPanoptic
 from opsin.masks.sources import LabelMaps, Mosaic, Source
 from opsin.regions.encoder import RegionEncoder
 from opsin.regions.model import save_backbone
-from opsin.runtime import resolve_device, resolve_dtype
+from opsin.runtime import resolve_dtype
 from opsin.training.config import RegionTrainingConfig, parse_source
 from opsin.training.data import Batches
-from opsin.training.loop import Loop
+from opsin.training.loop import Loop, open_accelerator
 from opsin.training.views import Augmentation
 
 
@@ -33,12 +33,7 @@ def train_regions(config: RegionTrainingConfig) -> dict[str, Any]:
 
     Raises ``InvalidConfig``, ``InvalidDataset``, ``MissingFile``, ``MissingExtra``, and what loading a backbone raises.
     """
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise MissingExtra.of("accelerate", "train", "train") from error
-    device = resolve_device(config.device)
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    accelerator = open_accelerator(config.device)
     out = Path(config.out)
     folder = out / "training"
     folder.mkdir(parents=True, exist_ok=True)
