@@ -94,8 +94,7 @@ class Segmentation:
         values = (self.labels + 1).cpu().numpy()
         if len(self.classes) > 255:
             return Image.fromarray(values.astype(np.uint16))
-        picture = Image.fromarray(values.astype(np.uint8)).convert("P")
-        picture.putdata(values.astype(np.uint8).reshape(-1))
+        picture = Image.fromarray(values.astype(np.uint8))
         colours = np.concatenate([np.zeros((1, 3), np.uint8), palette(len(self.classes))])
         picture.putpalette(colours.reshape(-1).tolist())
         return picture
