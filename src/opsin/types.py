@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from opsin.errors import InputError
+from opsin.errors import InputError, MissingExtra
 
 if TYPE_CHECKING:  # `import opsin` must not import torch
     import numpy as np
@@ -142,10 +143,16 @@ class Track:
     """Where an object was last seen: ``frames (T,)`` int64 and contiguous at the video's own frame numbers,
     ``times (T,)`` seconds, ``boxes (T, 4)`` pixels, ``scores (T,)`` of each box, NaN where it was not measured.
 
-    A score is the mean of the response of a template learned from the query and of the cosine of the box's mean token
-    to the query's, counted from what the video usually gives to other places: about 1 for the query itself, 0 there.
+    What a score is depends on the preset. ``"template"``: the mean of the response of a template learned from the query
+    and of the cosine of the box's mean token to the query's, counted from what the video usually gives to other places:
+    about 1 for the query itself, 0 there. ``"ren-vql"``: the cosine of a region token to the query's, in [-1, 1].
+    ``"words"``: the probability of the words beside general ones, in [0, 1]. The boxes of a track are scored by the
+    tracker, SAM 2 in its own way. Scores compare within one model, preset and tracker only.
+
     ``found`` False means no confident occurrence: the arrays are empty and ``score`` is the best that was seen.
     ``timeline`` is ``(S, 2)`` seconds and best score of every searched frame; ``skipped`` counts undecodable frames.
+    ``details`` names the ``preset`` and the ``tracker``, and holds how many ``rounds`` of search there were and the
+    ``candidates`` of the first, each a mapping with ``frame``, ``time`` and ``score``, in time order.
     """
 
     found: bool
@@ -176,7 +183,7 @@ class Track:
         rows = zip(self.frames.tolist(), self.times.tolist(), self.boxes.tolist(), self.scores.tolist(), strict=True)
         return {
             "found": self.found,
-            "score": round(self.score, 6),
+            "score": round(self.score, 6) if self.score == self.score else None,
             "video": self.video,
             "model": self.model,
             "size": list(self.size),
@@ -192,3 +199,74 @@ class Track:
             ],
             **self.details,
         }
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """Plain arrays: ``frames``, ``times``, ``boxes``, ``scores`` (NaN where not measured) and ``timeline``."""
+        names = ("frames", "times", "boxes", "scores", "timeline")
+        return {name: getattr(self, name).detach().cpu().numpy() for name in names}
+
+    def to_supervision(self) -> dict[int, Any]:
+        """Frame number → ``supervision.Detections`` of the one box in it: ``tracker_id`` 1, ``class_id`` 0, its time
+        in ``data``. Needs the extra ``supervision``."""
+        try:
+            import supervision
+        except ImportError as error:
+            raise MissingExtra.of("supervision", "supervision", "convert to supervision") from error
+        import numpy as np
+
+        return {
+            frame: supervision.Detections(
+                xyxy=np.array([box], np.float32),
+                confidence=np.array([score], np.float32),
+                class_id=np.array([0]),
+                tracker_id=np.array([1]),
+                data={"time": np.array([time])},
+            )
+            for frame, time, box, score in self._rows()
+        }
+
+    def to_mot(self, identity: int = 1) -> str:
+        """Lines of a MOTChallenge result, ``frame, id, left, top, width, height, confidence, -1, -1, -1``.
+
+        Frames and, as that format has it, pixels count from 1. Source: motchallenge.net/instructions.
+        """
+        return "".join(
+            f"{frame + 1},{identity},{x1 + 1:.2f},{y1 + 1:.2f},{x2 - x1:.2f},{y2 - y1:.2f},{score:.6g},-1,-1,-1\n"
+            for frame, _, (x1, y1, x2, y2), score in self._rows()
+        )
+
+    def to_coco(self, category: str = "object") -> dict[str, Any]:
+        """COCO for videos: ``videos``, ``tracks``, ``images``, ``annotations``, ``categories``; ids count from 1.
+
+        There is an image for every frame of the track, with its ``frame_index`` from 0 and its ``time``. ``file_name``
+        is the one it would have as a picture: no such file is written. ``bbox`` is x, y, width, height. Source: the
+        layout of TAO (arXiv 2005.10356), which readers of COCO read too.
+        """
+        height, width = self.size
+        size, folder = {"width": width, "height": height}, PurePosixPath(self.video).stem or "video"
+        rows = list(enumerate(self._rows(), 1))
+        found = [{"id": 1, "category_id": 1, "video_id": 1}] if rows else []
+        return {
+            "info": {"description": f"{category} in {self.video}, by {self.model}"},
+            "videos": [{"id": 1, "name": self.video, **size}],
+            "tracks": found,
+            "images": [
+                {"id": i, "video_id": 1, "file_name": f"{folder}/{f:06d}.jpg", "frame_index": f, "time": t, **size}
+                for i, (f, t, _, _) in rows
+            ],
+            "annotations": [
+                {
+                    "id": i, "image_id": i, "video_id": 1, "track_id": 1, "category_id": 1, "iscrowd": 0,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "score": score,
+                }
+                for i, (_, _, (x1, y1, x2, y2), score) in rows
+            ],
+            "categories": [{"id": 1, "name": category}],
+        }  # fmt: skip
+
+    def _rows(self) -> Iterator[tuple[int, float, list[float], float]]:
+        """Frame, seconds, box and score of every box; other formats have no NaN, so that a score which was not measured
+        is that of the track, or 0 where that is none either."""
+        whole = self.score if self.score == self.score else 0.0
+        boxes, scores = self.boxes.double().tolist(), self.scores.nan_to_num(whole).tolist()
+        return zip(self.frames.tolist(), self.times.tolist(), boxes, scores, strict=True)
