@@ -131,6 +131,7 @@ def test_every_recipe_is_a_configuration():
         (["out=x", "train=a", "size=tiny"], "size is one of"),
         (["out=x", "train=a", "size=custom", "dim=8"], "all its numbers"),
         (["out=x", "train=a", "dim=8"], "belongs to size=custom"),
+        (["out=x", "train=a", "size=custom", "init=mae"], "weights of MAE"),
         (["out=x", "train=a", "image_size=[1,2,3]"], "a side or"),
         (["out=x", "train=a", "batch_size=many"], "batch_size is of type"),
         (["out=x", "train=a", "ema=2"], "ema lies in"),

@@ -100,6 +100,8 @@ class CodecTrainingConfig(TrainingConfig):
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InvalidConfig("betas are two numbers in [0, 1)", got=list(self.betas))
         one_of(self, "size", "base", "large", "large_gan", "huge", "custom")
+        if self.size == "custom" and self.init == "mae":
+            raise InvalidConfig("The weights of MAE are base, large, large_gan or huge", got="size=custom")
         given = [key for key in CUSTOM if getattr(self, key) is not None]
         if self.size == "custom" and not self.init and len(given) < len(CUSTOM):
             missing = ", ".join(key for key in CUSTOM if key not in given)
