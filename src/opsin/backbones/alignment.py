@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from opsin import hub
 from opsin.backbones import Backbone
+from opsin.backbones.base import read_json
 from opsin.errors import IncompatibleModel
 from opsin.remote_tensors import read_tensors
 
@@ -104,7 +104,7 @@ def projection_and_scale(folder: Path) -> tuple[Tensor | None, float | None]:
     scale = float(tensors["logit_scale"].double().exp()) if "logit_scale" in tensors else None
     temperature = tensors.get("temperature")
     if temperature is None and (folder / "config.json").is_file():
-        temperature = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("temperature_init_value")
+        temperature = read_json(folder / "config.json").get("temperature_init_value")
     if scale is None and temperature is not None:
         scale = 1 / float(temperature)
     return tensors.get("visual_projection.weight"), scale

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opsin.cli.codes import PRECISIONS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,7 +24,6 @@ all numbers compare with that. A file of equal bytes is the best of several scal
 each image among all by a mirrored view of its inner 80 %, by code and by pixels; and, in class folders, the class.
 Exit code 1: images could not be read; they are listed in the report.
 """
-PRECISIONS = ("float32", "float16", "int8")
 
 
 def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
