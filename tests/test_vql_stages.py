@@ -301,8 +301,8 @@ def counted(source: RegionTokenSource) -> tuple[RegionTokenSource, list[int]]:
     """The source with an empty memory, and how many pictures its backbone was shown."""
     fresh = RegionTokenSource(source.model, source.grid, source.size, source.batch)
     shown: list[int] = []
-    encode = fresh._features.compute
-    fresh._features.compute = lambda pictures: shown.append(len(pictures)) or encode(pictures)
+    encode = fresh._recent.compute
+    fresh._recent.compute = lambda pictures: shown.append(len(pictures)) or encode(pictures)
     return fresh, shown
 
 
@@ -330,7 +330,7 @@ def test_a_picture_is_encoded_once_for_tokens_and_masks(source):
     fresh.tokens([p.clone() for p in pictures])  # other pictures, as far as can be told
     assert sum(shown) == 6
     fresh.tokens([noise(3, 42, 42, seed=i) for i in range(20)])
-    assert len(fresh._features.kept) == 8  # memory is bounded
+    assert len(fresh._recent.kept) == 8  # memory is bounded
     assert fresh.tokens(pictures)[2].tokens.allclose(source.tokens(pictures)[2].tokens, atol=1e-6)
 
 

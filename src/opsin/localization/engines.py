@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from opsin.errors import InvalidPrompt
 from opsin.geometry import ImageTransform, mask_boxes
@@ -144,7 +145,11 @@ class SeedTracker:
 def region_engine(model: RegionModel, masks: ObjectMasks | None, preset: Preset, size: int | None) -> TokenEngine:
     """REN-VQL's way with the region tokens of ``model``."""
     source = RegionTokenSource(model, size=size)
-    dense = partial(dense_tokens, model, size=source.size, kind="features")
+
+    def dense(pictures: Sequence[Tensor]) -> list[DenseTokens]:
+        maps = source.features(pictures)
+        return [DenseTokens(F.normalize(m.features.float(), dim=0).cpu(), m.transform) for m in maps]
+
     return TokenEngine(source, masks or TokenMasks(dense), preset, dense, model.name)
 
 

@@ -75,10 +75,11 @@ class TokenFinder:
         refined: list[Step] = []
         for frames in in_chunks(reader.frames(indices=list(table)), BATCH):
             here = [table[f.index] for f in frames]
-            rough = self._boxes([f.image for f in frames], [centre(m.box) for m in here], self.known.whole)
+            pictures = [f.image.float() / 255 for f in frames]  # the same objects throughout: sources know them again
+            rough = self._boxes(pictures, [centre(m.box) for m in here], self.known.whole)
             crops, owners = [], []
-            for i, (frame, box) in enumerate(zip(frames, rough, strict=True)):
-                found = [] if box is None else zoom(frame.image, box, self.preset.query_factors)
+            for i, (picture, box) in enumerate(zip(pictures, rough, strict=True)):
+                found = [] if box is None else zoom(picture, box, self.preset.query_factors)
                 crops += found
                 owners += [i] * len(found)
             best: dict[int, tuple[float, Crop, Tensor]] = {}
@@ -105,7 +106,7 @@ class TokenFinder:
                 box = table[frame.index].box
                 usable.append(worth_learning(frame.image, box, self.preset))
                 if usable[-1]:
-                    seen, _ = look(self.source, self.masks, [frame.image], [box], self.preset)
+                    seen = magnified(self.source, self.masks, [frame.image.float() / 255], [box], self.preset)
                     tokens.append(seen)
                     moments += [len(usable) - 1] * len(seen)
         if not moments:
@@ -137,15 +138,25 @@ def object_tokens(
     source: TokenSource, masks: ObjectMasks, pictures: Sequence[Tensor], boxes: Sequence[Tensor], preset: Preset
 ) -> Known:
     """Stage 1: the object in ``boxes (4,)`` of ``pictures``."""
-    tokens, close = look(source, masks, pictures, boxes, preset)
-    return Known(tokens, _pooled(source, masks, pictures, boxes), close)
+    near = [
+        crop_around(p, b, cropping_factor(b, size_of(p), preset.crop_margin, preset.crop_limits))
+        for p, b in zip(pictures, boxes, strict=True)
+    ]
+    inside = [c.to_crop(b) for c, b in zip(near, boxes, strict=True)]
+    return Known(
+        magnified(source, masks, pictures, boxes, preset),
+        _pooled(source, masks, pictures, boxes),
+        _pooled(source, masks, [c.picture for c in near], inside),
+    )
 
 
-def look(
+def magnified(
     source: TokenSource, masks: ObjectMasks, pictures: Sequence[Tensor], boxes: Sequence[Tensor], preset: Preset
-) -> tuple[Tensor, Tensor]:
-    """The object in every magnification that differs: its tokens ``(Q, D)``, and its mean features in a crop of each
-    picture, ``(K, D')``. An object too small for any point of the grid has the token of the nearest one."""
+) -> Tensor:
+    """Tokens ``(Q, D)`` of the object in ``boxes``, one for every magnification that differs.
+
+    An object too small for any point of the grid has the token of the nearest one.
+    """
     tokens: list[Tensor] = []
     for picture, box in zip(pictures, boxes, strict=True):
         crops = zoom(picture, box, preset.query_factors)
@@ -154,12 +165,7 @@ def look(
         answers = source.tokens([c.picture for c in crops])
         found = [choose(m, a.points, a.tokens) for a, m in zip(answers, shapes, strict=True)]
         tokens += [t for t in found if t is not None] or [nearest(answers[-1], centre(inside[-1]))]
-    near = [
-        crop_around(p, b, cropping_factor(b, size_of(p), preset.crop_margin, preset.crop_limits))
-        for p, b in zip(pictures, boxes, strict=True)
-    ]
-    inside = [c.to_crop(b) for c, b in zip(near, boxes, strict=True)]
-    return torch.stack(tokens), _pooled(source, masks, [c.picture for c in near], inside)
+    return torch.stack(tokens)
 
 
 def encode_views(source: TokenSource, preset: Preset, known: Tensor | None = None) -> Encode:

@@ -103,7 +103,11 @@ class RegionTokenSource(TokenSource):
         if grid < 1 or batch < 1:
             raise InvalidConfig("grid and batch are at least 1", got=f"grid={grid}, batch={batch}")
         self.model, self.grid, self.size, self.batch = model, grid, size or model.card.image_size, batch
-        self._features = _Recent(self._encode, 4 * batch)
+        self._recent = _Recent(self._encode, 4 * batch)
+
+    def features(self, pictures: Sequence[Tensor]) -> list[FeatureMap]:
+        """The backbone's features of each picture; those of the last few are kept."""
+        return self._recent(pictures)
 
     @property
     def name(self) -> str:
@@ -124,7 +128,7 @@ class RegionTokenSource(TokenSource):
         """
 
         def answer(part: Sequence[Tensor]) -> list[PointTokens]:
-            maps: list[FeatureMap] = self._features(part)
+            maps = self.features(part)
             memory = self.model.encoder.memory(torch.stack([to_model(m.features, self.model.encoder) for m in maps]))
             asked = [spread_prompts("grid", None, m.transform, self.grid) for m in maps]
             points = torch.stack([a.points for a in asked]).to(memory.keys[0].device)
@@ -139,7 +143,7 @@ class RegionTokenSource(TokenSource):
         """See :class:`TokenSource`. Raises ``InvalidPrompt`` for masks of another size than their picture."""
 
         def answer(part: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-            maps: list[FeatureMap] = self._features([picture for picture, _ in part])
+            maps = self.features([picture for picture, _ in part])
             return [pooled(m.features.float().cpu(), m.transform, k) for m, (_, k) in zip(maps, part, strict=True)]
 
         return in_batches(answer, list(zip(pictures, masks, strict=True)), self.batch)
@@ -151,7 +155,7 @@ class RegionTokenSource(TokenSource):
         The softmax runs over the cells of each head, so values are the larger the narrower the look. ``P·H·W`` numbers:
         ask for a few points.
         """
-        feature_map: FeatureMap = self._features([picture])[0]
+        feature_map = self.features([picture])[0]
         encoder = self.model.encoder
         memory = self.model.memory(feature_map)
         asked = feature_map.transform.normalise(points.float()).to(memory.keys[0].device)

@@ -90,8 +90,8 @@ class TokenStore:
         try:
             for chunk in in_chunks(runtime.progress(frames, total=total, description="encoding", unit="frame"), BATCH):
                 shots = self._shots(chunk)
-                yield from shots
                 waiting += shots if self.folder is not None else []
+                yield from shots
                 if len(waiting) >= PART:
                     self._write(number, waiting)
                     waiting, number = [], number + 1
