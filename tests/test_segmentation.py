@@ -189,7 +189,7 @@ def test_heat_map_is_the_cosine(model):
     torch.testing.assert_close(heat, torch.einsum("ehw,e->hw", encoded.words, text))
 
 
-def test_bad_options(model):
+def test_bad_options(model, monkeypatch):
     encoded = model.encode([noise(32, 32)])[0]
     with pytest.raises(InvalidConfig, match="probability"):
         encoded.query("a, b", denoise=2)
@@ -197,10 +197,11 @@ def test_bad_options(model):
         encoded.query("a, b", threshold=-1)
     with pytest.raises(UnsupportedSize):
         encoded.query("a, b", size=(0, 5))
-    with pytest.raises(InvalidConfig, match="encode"):
-        encoded.query("a, b", refine=True)
     with pytest.raises(InvalidConfig, match="longest"):
         model.encode([noise(32, 32)], longest=2)
+    monkeypatch.setattr(model, "embed", lambda labels: pytest.fail("labels were embedded"))
+    with pytest.raises(InvalidConfig, match="encode"):
+        encoded.query("a, b", refine=True)
 
 
 @pytest.mark.parametrize(

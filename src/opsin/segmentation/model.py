@@ -150,8 +150,10 @@ class Segmenter(nn.Module):
         if scaling:
             check_scaling(scaling)
         if refine:
-            _ = self.aligned.sam, self.refiner  # what is missing is told now
+            _ = self.aligned.sam  # a missing head is told now
         pictures = im.read_images(images)
+        if refine:
+            _ = self.refiner
         with fast_matmul():
             shown = [p if longest is None or max(p.shape[1:]) <= longest else _shrink(p, longest) for p in pictures]
             maps = sliding_features(
@@ -225,6 +227,8 @@ class Segmenter(nn.Module):
             labels, size=size, templates=templates, background=background, denoise=denoise, threshold=threshold,
             coarse_threshold=coarse_threshold, min_area=min_area, iou_threshold=iou_threshold, compat=compat,
         )  # fmt: skip
+        if refine:
+            _sam_view(encoded)
         grid = self._probabilities(encoded, asked)
         height, width = encoded.size if size is None else size
         limit = self.card.denoise if denoise is None else denoise
@@ -326,12 +330,8 @@ class Segmenter(nn.Module):
         self, encoded: SegmentationFeatures, labels: Tensor, probabilities: Tensor | ClassMaps, **options: Any
     ) -> Refinement:
         """RADSeg+ on a prediction: ``labels (H, W)``, probabilities ``(C, H, W)``; options of ``refine``."""
-        if encoded.embedding is None or encoded.fed is None:
-            raise InvalidConfig(
-                "Refinement needs an image that was encoded for it", got="refine=True",
-                remedy="encode(image, refine=True), then query(labels, refine=True).",
-            )
-        return refine(labels, probabilities, encoded.embedding[None], self.refiner, fed=encoded.fed, **options)
+        embedding, fed = _sam_view(encoded)
+        return refine(labels, probabilities, embedding[None], self.refiner, fed=fed, **options)
 
 
 def default_card(aligned: AlignedBackbone) -> ModelCard:
@@ -361,6 +361,16 @@ def _check_options(
         raise InvalidConfig("iou_threshold is at most 1", got=iou_threshold)
     if not min_area >= 0:
         raise InvalidConfig("min_area is a number of pixels, not below 0", got=min_area)
+
+
+def _sam_view(encoded: SegmentationFeatures) -> tuple[Tensor, Size]:
+    """The embedding for SAM's decoder, and the size at which the image was fed."""
+    if encoded.embedding is None or encoded.fed is None:
+        raise InvalidConfig(
+            "Refinement needs an image that was encoded for it", got="refine=True",
+            remedy="encode(image, refine=True), then query(labels, refine=True).",
+        )
+    return encoded.embedding, encoded.fed
 
 
 def _shrink(image: Tensor, longest: int) -> Tensor:
