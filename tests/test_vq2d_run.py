@@ -20,12 +20,14 @@ import opsin.localization
 from opsin.cli.eval_vq2d import add_vq2d_arguments, run_vq2d
 from opsin.errors import IncompatibleModel, InvalidConfig, InvalidImage, MissingFile
 from opsin.types import Track
+from opsin.video import ClipWriter
 from opsin.vq2d.annotations import Annotations
 from opsin.vq2d.clips import prepare
 from opsin.vq2d.metrics import BoxTrack
 from opsin.vq2d.predict import ClipTask, load_folder, predict, searcher, task_of
 from opsin.vq2d.prediction_file import validate
 from opsin.vq2d.summary import measure
+from tests.test_localization import COUNT, SIZE, box_at, film, model  # noqa: F401 - a fixture
 from tests.test_vq2d_files import entry, query, tree, video
 
 
@@ -265,6 +267,35 @@ def test_the_queries_of_a_clip_are_asked_together_and_a_bad_one_costs_only_itsel
     assert [b["fno"] for b in sets[0]["query_sets"]["1"]["bboxes"]] == [11, 12, 13]
     assert sets[0]["query_sets"]["1"]["bboxes"][0] == {"fno": 11, "x1": 10, "y1": 8, "x2": 26, "y2": 20}
     assert sets[1]["query_sets"]["2"]["bboxes"] == []
+
+
+def test_a_real_search_finds_the_object_between_black_bars(model: Any, tmp_path: Path) -> None:  # noqa: F811
+    bar = 12
+    (height, width), picture = SIZE, (SIZE[0] + 2 * bar, SIZE[1])
+    with ClipWriter(tmp_path / "videos/v0.mp4", 5, picture) as clip:
+        for image in film(present=((6, 14), (22, 31), (COUNT - 1, COUNT))):
+            framed = torch.zeros(3, *picture)
+            framed[:, bar : bar + height] = image
+            clip.write(framed)
+
+    def shown(frame: int) -> dict[str, Any]:
+        x1, y1, x2, y2 = box_at(frame)
+        size = {"original_width": width, "original_height": picture[0]}
+        return {"frame_number": frame, "x": x1, "y": y1 + bar, "width": x2 - x1, "height": y2 - y1} | size
+
+    asked = {"is_valid": True, "query_frame": COUNT - 1, "object_title": "thing", "visual_crop": shown(COUNT - 1)}
+    asked["response_track"] = [shown(f) for f in range(22, 31)]
+    sets = {"1": asked, "2": asked | {"query_frame": 20, "response_track": [shown(f) for f in range(6, 14)]}}
+    clip = {"clip_uid": "c0", "video_start_sec": 0.0, "video_end_sec": COUNT / 5, "clip_fps": 5.0}
+    clip["annotations"] = [{"annotation_uid": "a0", "query_sets": sets}]
+    known = Annotations.parse({"version": "1.0.5", "videos": [{"video_uid": "v0", "clips": [clip]}]})
+    assert prepare(known.clips, tmp_path / "clips", videos=tmp_path / "videos").made == ["c0"]
+    answers = tmp_path / "answers"
+    locate = searcher(model=model, tracker="template", threshold=0.1)
+    report = predict(known.clips, locate, answers, prepared=tmp_path / "clips")
+    assert not report.failed
+    scores = measure(known, load_folder(answers, known))
+    assert all(row.answers[0].stiou > 0.3 for row in scores.rows), scores.rows
 
 
 def command(*words: Any) -> int:
