@@ -87,7 +87,10 @@ def search(
         return Outcome([], best, settled, moments)
     level = max(preset.threshold, preset.top_share * best)
     confident = [m for m in moments if m.score >= level]
-    seed = confident[-1] if preset.first == "last" else max(confident, key=lambda m: m.score)
+    chosen = confident[-1] if preset.first == "last" else max(confident, key=lambda m: m.score)
+    seed = with_area(reader, chosen, finder)
+    if seed is None:
+        return Outcome([], best, settled, moments)
     track = (tracker or finder.tracker()).track(reader, seed, stop=stop)
     answer = Outcome(without_own(track, own), seed.score, settled, moments)
     if preset.rounds < 2 or not track:
@@ -98,7 +101,7 @@ def search(
         return answer
     again = candidates(reader, rest, expanded, preset, own)
     again = [m for m in again if m.score >= preset.second_threshold and m.score > preset.second_share * seed.score]
-    for moment in reversed(again[-1:]):
+    for moment in (m for a in again[-1:] if (m := with_area(reader, a, expanded))):
         second = without_own((tracker or expanded.tracker()).track(reader, moment, stop=stop), own)
         if second:
             return Outcome(second, moment.score, settled, moments, 2)
@@ -120,6 +123,14 @@ def candidates(
     refined = finder.refine(reader, moments)
     least = min(preset.refinement_top_p, max((m.score for m in refined), default=0.0))
     return [m for m in refined if m.score >= least]
+
+
+def with_area(reader: VideoReader, moment: Step, finder: Finder) -> Step | None:
+    """A moment that can be tracked: where it is only a point, as without refinement, a closer look gives it a box, not
+    another score; None when there is nothing."""
+    if bool((moment.box[2:] > moment.box[:2]).all()):
+        return moment
+    return next((replace(moment, box=looked.box) for looked in finder.refine(reader, [moment])), None)
 
 
 def without_own(track: Sequence[Step], own: int | None) -> list[Step]:
