@@ -18,7 +18,7 @@ from typing import Any
 
 import codec
 import head
-import memory
+import localization
 import path
 import segmentation
 import tables
@@ -36,7 +36,7 @@ SECTIONS: dict[str, Callable[[str, bool], dict[str, Any]]] = {
     "grouping": lambda model, quick: head.run("grouping", quick),
     "prompts": lambda model, quick: head.run("prompts", quick),
     "path": path.run,
-    "memory": memory.run,
+    "localization": localization.run,
     "segmentation": lambda model, quick: segmentation.run(quick),
     "codec": lambda model, quick: codec.run(quick),
 }
@@ -46,7 +46,7 @@ def main() -> int:
     """Measure, merge into the results, write the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="sections to measure (default: all)")
-    parser.add_argument("--model", default="opsin-tiny", help="model of the sections path and memory")
+    parser.add_argument("--model", default="opsin-tiny", help="model of the sections path and localization")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results file (default: benchmarks/results.json)")
     parser.add_argument("--quick", action="store_true", help="one repeat and a 3-minute video: to see that it runs")
     parser.add_argument(
