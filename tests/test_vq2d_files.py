@@ -289,6 +289,16 @@ def test_prepare_makes_small_clips_once(tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["c0.json", "c0.mp4", "c1.json", "c1.mp4"]
 
 
+def test_frames_are_those_nearest_to_the_clips_own_ticks(tmp_path: Path) -> None:
+    known = tree(video_start_sec=1.13, video_end_sec=3.13)  # the ticks of a video would lie 70 ms beside
+    video(tmp_path / "v/v0.mp4", fps=25)
+    prepare(Annotations.parse(known).clips[:1], tmp_path / "out", videos=tmp_path / "v")
+    with open_video(tmp_path / "out/c0.mp4") as reader:
+        grey = [float(f.image.float().mean()) for f in reader.frames()]
+    nearest = [round((1.13 + n / 5) * 25) for n in range(10)]
+    assert grey == pytest.approx([40 + 4 * (i % 50) for i in nearest], abs=2.5)
+
+
 def test_what_cannot_be_prepared_is_reported(tmp_path: Path) -> None:
     folder, out = tmp_path / "canonical", tmp_path / "clips"
     folder.mkdir()

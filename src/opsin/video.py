@@ -76,12 +76,13 @@ class VideoReader(ABC):
 
     def frames(
         self, rate: float | None = None, start: float = 0.0, stop: float | None = None,
-        indices: Collection[int] | None = None,
+        indices: Collection[int] | None = None, origin: float = 0.0,
     ) -> Iterator[VideoFrame]:  # fmt: skip
         """Stream the frames with ``start <= time < stop`` (seconds), in order.
 
-        ``rate`` picks the frame nearest to each tick of ``1 / rate`` seconds, each frame at most once: no drift and no
-        bias, also at variable frame rate; None gives every frame. ``indices`` keeps only these frame numbers.
+        ``rate`` picks the frame nearest to each tick of ``1 / rate`` seconds, counted from ``origin``, each frame at
+        most once: no drift and no bias, also at variable frame rate; None gives every frame. ``indices`` keeps only
+        these frame numbers.
         Only the frames handed out are converted to RGB. Raises ``InvalidConfig`` for a rate that is not positive.
         """
         if rate is not None and not rate > 0:
@@ -92,7 +93,7 @@ class VideoReader(ABC):
         first, last = (0, None) if wanted is None else (min(wanted), max(wanted))
         picked = self._range(self._decode(start, first), start, stop, last)
         if rate is not None:
-            picked = _nearest_to_ticks(picked, rate)
+            picked = _nearest_to_ticks(picked, rate, origin)
         for index, time, raw in picked:
             if wanted is not None and index not in wanted:
                 continue
@@ -157,10 +158,10 @@ def _natural(text: str) -> list[Any]:
     return [(int(part), "") if part.isdecimal() else (-1, part.lower()) for part in re.split(r"(\d+)", text)]
 
 
-def _nearest_to_ticks(frames: Iterator[Decoded], rate: float) -> Iterator[Decoded]:
+def _nearest_to_ticks(frames: Iterator[Decoded], rate: float, origin: float) -> Iterator[Decoded]:
     best: tuple[int, float, Decoded] | None = None  # tick, distance to it, frame
     for frame in frames:
-        position = frame[1] * rate  # ticks count from the video's start: a later start meets the same frames
+        position = (frame[1] - origin) * rate  # not from where reading starts: a later start meets the same frames
         tick = math.floor(position + 0.5 + 1e-9)
         distance = abs(position - tick)
         if best is not None and best[0] != tick:

@@ -215,9 +215,9 @@ def _bright(reader: VideoReader, clip: Clip, start: float) -> tuple[int, int, in
 
 def _frames(reader: VideoReader, clip: Clip, start: float) -> Iterator[Any]:
     """The frame nearest to each tick of the clip."""
-    slack = 0.25 / reader.fps  # a frame at the very start must not be lost to rounding
+    half = 0.5 / reader.fps  # the one nearest to the start may lie before it
     length = clip.end - max(0.0, clip.start)
-    return reader.frames(rate=clip.fps, start=max(0.0, start - slack), stop=start + length + slack)
+    return reader.frames(rate=clip.fps, start=max(0.0, start - half), stop=start + length + half, origin=start)
 
 
 def _sampled(reader: VideoReader, clip: Clip, start: float, expected: int) -> Iterator[tuple[int, Tensor]]:
