@@ -6,7 +6,7 @@ What the object looks like is a ``Finder``'s business, what follows it a ``Track
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -47,7 +47,7 @@ class Finder(Protocol):
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """What a search found: ``steps`` of the track, empty when nothing was confident enough; the ``score`` of it, or the
-    best there was; ``candidates`` as refined, in time order; ``rounds`` of search made; the ``timeline`` of scores."""
+    best there was; ``candidates`` as refined, in time order; ``rounds`` of search that it took; the ``timeline`` of scores."""
 
     steps: list[Step]
     score: float
@@ -93,19 +93,18 @@ def search(
         return Outcome([], best, settled, moments)
     track = (tracker or finder.tracker()).track(reader, seed, stop=stop)
     answer = Outcome(without_own(track, own), seed.score, settled, moments)
-    if preset.rounds < 2 or not track:
-        return answer
-    expanded = finder.expanded(reader, track)
-    rest = scan((s for s in shots(track[-1].time) if s.frame > track[-1].frame), [expanded], [stop])[0]
-    if not len(rest):
-        return answer
-    again = candidates(reader, rest, expanded, preset, own)
-    again = [m for m in again if m.score >= preset.second_threshold and m.score > preset.second_share * seed.score]
-    for moment in (m for a in again[-1:] if (m := with_area(reader, a, expanded))):
-        second = without_own((tracker or expanded.tracker()).track(reader, moment, stop=stop), own)
-        if second:
-            return Outcome(second, moment.score, settled, moments, 2)
-    return replace(answer, rounds=2)
+    for number in range(2, preset.rounds + 1):
+        finder = finder.expanded(reader, track)
+        rest = scan((s for s in shots(track[-1].time) if s.frame > track[-1].frame), [finder], [stop])[0]
+        least = max(preset.second_threshold, preset.second_share * seed.score)
+        later = [m for m in candidates(reader, rest, finder, preset, own) if m.score >= least]
+        if not later:
+            break
+        found = (tracker or finder.tracker()).track(reader, later[-1], stop=stop)
+        if without_own(found, own):
+            answer = Outcome(without_own(found, own), later[-1].score, settled, moments, number)
+        track = found
+    return answer
 
 
 def candidates(
