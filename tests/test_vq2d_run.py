@@ -153,7 +153,7 @@ def test_a_missing_clip_and_a_short_list_of_answers_are_reported(small: Path, tm
     known["videos"][1]["clips"][0]["clip_uid"] = "c7"
     report = predict(Annotations.parse(known).clips, lambda task: [], tmp_path, prepared=small)
     assert "4 queries have as many answers" in report.failed["c0"]
-    assert "MissingFile" in report.failed["c7"]
+    assert "opsin eval vq2d prepare" in report.failed["c7"]
 
 
 KILLED = """

@@ -93,8 +93,8 @@ def _prepare(annotations: Any, args: argparse.Namespace) -> int:
 def _predict(annotations: Any, args: argparse.Namespace) -> int:
     from opsin.vq2d.predict import predict, searcher
 
-    ways = {name: getattr(args, name) for name in ("model", "preset", "tracker", "threshold")}
-    locate = searcher(**ways, cache=args.cache, device=args.device, dtype=args.dtype)
+    ways = {name: getattr(args, name) for name in ("model", "preset", "tracker", "threshold", "dtype")}
+    locate = searcher(**ways, cache=args.cache, device=args.device)
     made = predict(annotations.clips, locate, args.out, prepared=args.clips, shard=args.shard, details=ways)
     sys.stderr.write(f"{len(made.made)} clips answered, {len(made.done)} were there\n")
     return _trouble(made.failed)

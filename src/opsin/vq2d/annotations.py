@@ -133,7 +133,7 @@ def read_json(path: str | Path) -> Any:
     """A JSON file, gzipped when its name ends in ``.gz``."""
     path = Path(path)
     if not path.is_file():
-        raise MissingFile("The annotation or prediction file must exist", got=str(path))
+        raise MissingFile("The JSON file must exist", got=str(path))
     try:
         raw = path.read_bytes()
         return json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)

@@ -115,9 +115,9 @@ def predict(
 def task_of(clip: Clip, prepared: str | Path) -> ClipTask:
     """The queries of ``clip`` on its prepared file; those that cannot be asked are ``refused``, with the reason."""
     path = Path(prepared) / f"{clip.name}.mp4"
-    record = ClipRecord.load(path.with_suffix(".json"))
     if not path.is_file():
         raise MissingFile("The prepared clip must exist", got=str(path), remedy='"opsin eval vq2d prepare" makes it.')
+    record = ClipRecord.load(path.with_suffix(".json"))
     queries, refused = [], {}
     for annotation, query in clip.queries():
         try:
