@@ -6,10 +6,9 @@ What the object looks like is a ``Finder``'s business, what follows it a ``Track
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from opsin.tracking.base import Step, Tracker
@@ -91,19 +90,19 @@ def search(
     seed = with_area(reader, chosen, finder)
     if seed is None:
         return Outcome([], best, settled, moments)
-    track = (tracker or finder.tracker()).track(reader, seed, stop=stop)
+    first, track = seed.score, (tracker or finder.tracker()).track(reader, seed, stop=stop)
     answer = Outcome(without_own(track, own), seed.score, settled, moments)
     for number in range(2, preset.rounds + 1):
         finder = finder.expanded(reader, track)
         rest = scan((s for s in shots(track[-1].time) if s.frame > track[-1].frame), [finder], [stop])[0]
-        least = max(preset.second_threshold, preset.second_share * seed.score)
+        least = max(preset.second_threshold, preset.second_share * first)
         later = [m for m in candidates(reader, rest, finder, preset, own) if m.score >= least]
-        if not later:
+        seed = with_area(reader, later[-1], finder) if later else None
+        if seed is None:
             break
-        found = (tracker or finder.tracker()).track(reader, later[-1], stop=stop)
-        if without_own(found, own):
-            answer = Outcome(without_own(found, own), later[-1].score, settled, moments, number)
-        track = found
+        track = (tracker or finder.tracker()).track(reader, seed, stop=stop)
+        if without_own(track, own):
+            answer = Outcome(without_own(track, own), seed.score, settled, moments, number)
     return answer
 
 
@@ -138,8 +137,3 @@ def without_own(track: Sequence[Step], own: int | None) -> list[Step]:
     if own is None or own not in frames:
         return list(track)
     return list(track[frames.index(own) + 1 :])
-
-
-def boxes_of(track: Sequence[Step]) -> Tensor:
-    """``(T, 4)``."""
-    return torch.stack([s.box for s in track]) if track else torch.zeros((0, 4))
