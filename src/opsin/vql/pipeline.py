@@ -45,8 +45,8 @@ class Finder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a search found: ``steps`` of the track, empty when nothing was confident enough; the ``score`` of it, or the
-    best there was; ``candidates`` as refined, in time order; ``rounds`` of search that it took; the ``timeline`` of scores."""
+    """What a search found: ``steps`` of the track, empty when nothing was confident enough; its ``score``, or the best
+    there was; the ``timeline`` of scores; ``candidates`` as refined, in time order; ``rounds`` of search it took."""
 
     steps: list[Step]
     score: float

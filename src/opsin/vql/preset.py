@@ -99,8 +99,8 @@ class Preset:
 
 
 # Source: the configuration of the published REN-VQL, and the two values fixed in its code (match_threshold,
-# suppression). A refinement_min_score of 0.6 stands there as well, but nothing in it reads that, so that it always finds
-# something; here it is the threshold of an answer, and threshold=-1 is what the published code does.
+# suppression). A refinement_min_score of 0.6 stands there as well, but nothing in it reads that, so that it always
+# finds something; here it is the threshold of an answer, and threshold=-1 is what the published code does.
 #
 # "template": measured with opsin-tiny on 18 episodes cut from 6 tracking videos (a crop as query, 5 frames a second),
 # and on the same films without the frames of the object's own video. Threshold: found with the object there; stAP@0.25;
