@@ -23,6 +23,7 @@ from tests.parity.adapters_radseg import (
     radseg_scga,
     radseg_scra,
 )
+from tests.parity.adapters_vq2d import vq2d_metrics, vq2d_validate
 
 __all__ = [
     "codec_decode",
@@ -35,6 +36,8 @@ __all__ = [
     "radseg_refine",
     "radseg_scga",
     "radseg_scra",
+    "vq2d_metrics",
+    "vq2d_validate",
 ]
 
 Array = np.ndarray
