@@ -1,8 +1,9 @@
-"""Pictures of a result: an annotated clip, and a contact sheet with the query, the timeline and frames of the track."""
+"""Pictures of a result: an annotated clip, a plot of the score over time, and a contact sheet with the query, that plot
+and frames of the track."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from opsin import runtime
+from opsin.errors import InvalidConfig
 from opsin.hub import atomic_path
 from opsin.types import Track
 from opsin.video import ClipWriter, open_video
 
 BOX, CURVE, SPAN, INK, PAPER = (255, 196, 0), (31, 119, 180), (255, 236, 179), (40, 40, 40), (255, 255, 255)
+PEAK, LINE = (214, 39, 40), (215, 215, 215)
 MARGIN = 12
 
 
@@ -58,8 +61,10 @@ def contact_sheet(video: Any, track: Track, path: str | Path, *, query: Tensor |
         shots = list(reader.frames(indices=numbers)) if track.found else _nearest(reader, track, count)
         for frame in shots:
             picture = Image.fromarray(frame.image.permute(1, 2, 0).numpy())
-            draw_box(picture, boxes.get(frame.index), "")
             picture.thumbnail((side, side))
+            if frame.index in boxes:  # drawn around what is in it, as it may be few pixels large by now
+                factor = picture.width / frame.size[1]
+                draw_box(picture, [v * factor + s for v, s in zip(boxes[frame.index], (-2, -2, 2, 2), strict=True)], "")
             cells.append((picture, f"frame {frame.index}   {frame.time:.2f} s"))
     width = columns * (side + MARGIN) + MARGIN
     row_height = max((p.height for p, _ in cells), default=0) + 22
@@ -120,33 +125,114 @@ def draw_box(picture: Image.Image, box: Sequence[float] | None, caption: str) ->
         pen.text((6, 4), caption, fill=PAPER, font=face)
 
 
-def draw_timeline(pen: ImageDraw.ImageDraw, track: Track, area: tuple[int, int, int, int]) -> None:
-    """Score over time; the track's span is shaded."""
+def timeline_plot(track: Track, path: str | Path, *, size: tuple[int, int] = (960, 320)) -> Path:
+    """Write a PNG, ``size`` ``(width, height)``: the score of every searched frame over time, the candidates, the peak
+    that was chosen and the span of the track. Of a long video every column shows its best frame."""
+    path = Path(path)
+    width, height = size
+    if width < 240 or height < 120:
+        raise InvalidConfig("A plot has at least 240×120 pixels", got=f"{width}×{height}")
+    sheet = Image.new("RGB", size, PAPER)
+    draw_timeline(ImageDraw.Draw(sheet), track, (MARGIN, MARGIN, width - MARGIN, height - MARGIN), ticks=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
+    return path
+
+
+def draw_timeline(
+    pen: ImageDraw.ImageDraw, track: Track, area: tuple[int, int, int, int], *, ticks: bool = False
+) -> None:
+    """Score over time; the track's span is shaded, candidates are rings, the chosen peak is a disc.
+
+    ``ticks``: round numbers along both axes, and what the marks mean.
+    """
     x1, y1, x2, y2 = area
-    y1, y2 = y1 + 18, y2 - 16
     word = "last seen" if track.found else "not found; best"
     span = f" {float(track.times[0]):.2f} to {float(track.times[-1]):.2f} s," if track.found else ""
-    pen.text((x1, area[1]), f"{word}{span} score {track.score:.2f}", fill=INK, font=font(12))
-    pen.rectangle((x1, y1, x2, y2), outline=(200, 200, 200))
-    times, scores = track.timeline[:, 0].tolist(), track.timeline[:, 1].tolist()
-    if not times:
-        return
-    end = max(times[-1], float(track.times[-1]) if track.found else 0.0, 1e-6)
-    low, high = min(0.0, *scores), max(1.0, *scores)
+    pen.text((x1, y1), f"{word}{span} score {track.score:.2f}", fill=INK, font=font(12))
+    x1, y1, y2 = x1 + (34 if ticks else 0), y1 + 18, y2 - 16
+    samples = [(t, s) for t, s in track.timeline.tolist() if math.isfinite(s)]
+    moments = [(m["time"], m["score"]) for m in track.details.get("candidates", ()) if math.isfinite(m["score"])]
+    peak = chosen_peak(track, samples, moments)
+    drawn = [*samples, *moments, *([peak] if peak else [])]
+    end = max([t for t, _ in drawn] + (track.times[-1:].tolist() if track.found else []), default=0.0) or 1.0
+    low, high = min([0.0, *(s for _, s in drawn)]), max([1.0, *(s for _, s in drawn)])
 
     def place(time: float, score: float) -> tuple[float, float]:
         return x1 + time / end * (x2 - x1), y2 - (score - low) / (high - low) * (y2 - y1)
 
     if track.found:
-        pen.rectangle(
-            (place(float(track.times[0]), 0)[0], y1 + 1, place(float(track.times[-1]), 0)[0] + 1, y2 - 1), fill=SPAN
-        )
-    step = max(1, len(times) // (x2 - x1))  # a long video has more samples than the picture has columns
-    curve = [place(t, max(scores[i : i + step])) for i, t in enumerate(times[::step]) for i in [bisect_left(times, t)]]
+        left, right = (place(float(track.times[i]), 0)[0] for i in (0, -1))
+        pen.rectangle((left, y1 + 1, right + 1, y2 - 1), fill=SPAN)
+    times = round_numbers(0.0, end, 8) if ticks else [0.0, end]
+    for score in round_numbers(low, high, 5) if ticks else ():
+        y = place(0, score)[1]
+        pen.line((x1, y, x2, y), fill=LINE)
+        pen.text((x1 - 5, y), f"{score:g}", fill=INK, font=font(11), anchor="rm")
+    pen.rectangle((x1, y1, x2, y2), outline=LINE)
+    for time in times:
+        x = place(time, 0)[0]
+        pen.line((x, y2, x, y2 + 3), fill=INK)
+        label = f"{time:g} s" if ticks else f"{time:.1f} s"
+        half = pen.textlength(label, font=font(11)) / 2
+        pen.text((min(max(x, area[0] + half), x2 - half), y2 + 4), label, fill=INK, font=font(11), anchor="mt")
+    step = max(1, len(samples) // max(1, x2 - x1))  # a long video has more samples than the picture has columns
+    parts = [samples[i : i + step] for i in range(0, len(samples), step)]
+    curve = [place(*max(part, key=lambda sample: sample[1])) for part in parts]
     if len(curve) > 1:
         pen.line(curve, fill=CURVE, width=2)
-    pen.text((x1, y2 + 2), "0 s", fill=INK, font=font(11))
-    pen.text((x2 - 48, y2 + 2), f"{end:.1f} s", fill=INK, font=font(11))
+    for moment in moments:
+        _mark(pen, place(*moment), 4, PAPER, CURVE)
+    if peak is not None:
+        _mark(pen, place(*peak), 5, PEAK, INK)
+    if ticks:
+        _legend(pen, track, (x2, area[1] + 6), bool(moments), peak is not None)
+
+
+def chosen_peak(
+    track: Track, samples: Sequence[tuple[float, float]], moments: Sequence[tuple[float, float]]
+) -> tuple[float, float] | None:
+    """Seconds and score of what was tracked: the best candidate inside the track; where a later round went beyond the
+    candidates, the track's own score at the best frame that was searched in it. None when nothing was found."""
+    if not track.found:
+        return None
+    first, last = float(track.times[0]), float(track.times[-1])
+    inside = [m for m in moments if first - 1e-3 <= m[0] <= last + 1e-3]
+    if inside:
+        return max(inside, key=lambda m: m[1])
+    best = max((s for s in samples if first <= s[0] <= last), key=lambda s: s[1], default=(first, 0.0))
+    return best[0], track.score if math.isfinite(track.score) else best[1]
+
+
+def round_numbers(low: float, high: float, most: int) -> list[float]:
+    """At most ``most`` + 1 multiples of 1, 2 or 5 times a power of ten from ``low`` to ``high``."""
+    rough = (high - low) / most
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * f for f in (1, 2, 5, 10) if power * f >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def _mark(pen: ImageDraw.ImageDraw, at: tuple[float, float], radius: int, fill: Any, outline: Any) -> None:
+    x, y = at
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=outline, width=2)
+
+
+def _legend(pen: ImageDraw.ImageDraw, track: Track, corner: tuple[float, float], moments: bool, peak: bool) -> None:
+    """What the marks mean, from the right ``corner`` leftwards."""
+    x, y = corner
+    marks = [("track", SPAN, LINE, track.found), ("chosen", PEAK, INK, peak), ("candidate", PAPER, CURVE, moments)]
+    for label, fill, outline, shown in marks:
+        if not shown:
+            continue
+        x -= pen.textlength(label, font=font(11))
+        pen.text((x, y), label, fill=INK, font=font(11), anchor="lm")
+        if label == "track":
+            pen.rectangle((x - 15, y - 5, x - 5, y + 5), fill=fill, outline=outline)
+        else:
+            _mark(pen, (x - 10, y), 5, fill, outline)
+        x -= 30
 
 
 def font(size: int) -> Any:
