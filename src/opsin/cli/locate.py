@@ -1,4 +1,4 @@
-"""``opsin locate VIDEO --image CROP.jpg``: where was it last seen?"""
+"""``opsin locate VIDEO --image CROP.jpg`` (or ``--words "red mug"``): where was it last seen?"""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opsin.types import Track
 
 HELP = "find where an object was last seen in a video, as a box on every frame"
 EXAMPLE = """opsin locate kitchen.mp4 --image mug.jpg --sheet sheet.png --clip found.mp4
-  opsin locate kitchen.mp4 --frame 900 --box 410 220 500 330 --out track.json"""
+  opsin locate kitchen.mp4 --frame 900 --box 410 220 500 330 --out track.json --plot score.png
+  opsin locate kitchen.mp4 --words "red mug" --model radseg-b --cache tokens"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the verb."""
     parser.add_argument("video", help="a video file, a folder of frames, a URL, or camera:0")
-    parser.add_argument("--image", help="a picture of the object; with --box or --point, a picture that contains it")
+    parser.add_argument(
+        "--image", nargs="+",
+        help="a picture of the object; with --box or --point, a picture that contains it. Several show the same object",
+    )  # fmt: skip
+    parser.add_argument(
+        "--words", nargs="+", metavar="PHRASE",
+        help='a phrase for the object, or several for the same thing; needs a --model that knows words, as "radseg-b"',
+    )  # fmt: skip
     parser.add_argument(
         "--frame", type=int, help="number of a frame of the video that shows it; needs --box or --point"
     )
@@ -29,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--search", choices=("before", "all"), default="before",
         help="with --frame: the frames before it, as in VQ2D, or all (default: before)",
     )  # fmt: skip
+    parser.add_argument("--before", type=int, metavar="N", help="search only frames with a smaller number")
     parser.add_argument("--model", default="opsin-tiny", help="catalogue name, hf:org/repo@rev or dir:path")
+    parser.add_argument("--preset", help='the way of searching: "template", "ren-vql", "words" (default: the model\'s)')
+    parser.add_argument(
+        "--tracker", default="auto",
+        help='"auto" (SAM 2.1 when its weights are here, else template), "template", or a SAM 2 model (default: auto)',
+    )  # fmt: skip
     parser.add_argument("--rate", type=float, help="frames searched per second (default: 5); the track has every frame")
     parser.add_argument(
         "--duration", type=float, help="search only so many seconds; needed for a camera or a live stream"
@@ -42,9 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", choices=("features", "pred", "proj", "both"),
         help="what places are compared by: backbone features, region tokens, or both (default: the library's)",
     )  # fmt: skip
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep the encoded frames here, for the next question about this video"
+    )
     parser.add_argument("--out", type=Path, help="write the result to this JSON file")
+    parser.add_argument("--mot", type=Path, metavar="FILE", help="write the boxes as text in the MOTChallenge format")
+    parser.add_argument("--coco", type=Path, metavar="FILE", help="write the boxes as COCO annotations (JSON)")
     parser.add_argument("--clip", type=Path, help="write an annotated mp4")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet PNG")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot the score over time, with the chosen peak")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: the accelerator, else cpu)")
     parser.add_argument("--dtype", help="float32, bfloat16 or auto (default: float32)")
     parser.add_argument(
@@ -55,26 +75,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Locate, write what was asked for, print the result. Not finding the object is an answer, not a failure."""
     from opsin.localization import locate, query_picture, recorded, render, save_track
+    from opsin.vql.store import identity
 
-    given = {"rate": args.rate, "threshold": args.threshold, "size": args.size, "tokens": args.tokens}
+    names = ("rate", "threshold", "size", "tokens", "preset", "before", "cache")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    image = args.image[0] if args.image and len(args.image) == 1 else args.image
+    if args.cache:
+        identity(args.video)  # what has none, as a camera, is refused before it is recorded
     with recorded(args.video, args.duration) as video:  # a live source is recorded once and drawn from the recording
         track = locate(
-            video, image=args.image, frame=args.frame, box=args.box, point=args.point, search=args.search,
-            duration=args.duration, model=args.model, device=args.device, dtype=args.dtype,
-            **{k: v for k, v in given.items() if v is not None},
+            args.video if args.cache else video, image=image, words=args.words, frame=args.frame, box=args.box,
+            point=args.point, search=args.search, duration=args.duration, model=model_of(args), tracker=args.tracker,
+            device=args.device, dtype=args.dtype, **given,
         )  # fmt: skip
         if args.out:
             save_track(track, args.out)
+        if args.mot:
+            write(args.mot, track.to_mot())
+        if args.coco:
+            write(args.coco, json.dumps(track.to_coco(", ".join(args.words or ["object"])), allow_nan=False) + "\n")
         if args.clip:
             render.annotated_clip(video, track, args.clip)
         if args.sheet:
-            picture = query_picture(video, image=args.image, frame=args.frame, box=args.box)
+            shown = args.image[0] if args.image else None
+            picture = None if args.words else query_picture(video, image=shown, frame=args.frame, box=args.box)
             render.contact_sheet(video, track, args.sheet, query=picture)
+        if args.plot:
+            render.timeline_plot(track, args.plot)
     report(track, full=args.json)
-    for path in (args.out, args.clip, args.sheet):
+    for path in (args.out, args.mot, args.coco, args.clip, args.sheet, args.plot):
         if path:
             sys.stderr.write(f"wrote {path}\n")
     return 0
+
+
+def model_of(args: argparse.Namespace) -> Any:
+    """What ``--model`` names. Where there are words, a backbone, or weights without a card, is asked what it knows of
+    words, not of regions."""
+    from opsin import hub
+
+    if not args.words:
+        return args.model
+    card = hub.card_of(args.model)
+    if card is not None and card.kind != "backbone":
+        return args.model
+    from opsin.segmentation import Segmenter
+
+    return Segmenter.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+
+
+def write(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    from opsin.hub import atomic_path
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def report(track: Track, *, full: bool) -> None:
