@@ -21,7 +21,7 @@ from opsin.tracking.base import Step
 from opsin.video import open_video
 from opsin.vql.preset import preset
 from opsin.vql.store import TokenStore, identity, open_store
-from tests.test_localization import COUNT, box_at, film, frames, model, quality, thing  # noqa: F401 - fixtures
+from tests.test_localization import COUNT, box_at, encoded, film, frames, model, quality, thing  # noqa: F401 - fixtures
 
 
 @pytest.fixture
@@ -287,3 +287,35 @@ def test_details_are_json(model, frames):  # noqa: F811
     assert data["preset"] == "template"
     assert data["tracker"] == "template"
     assert data["candidates"][-1]["frame"] in range(COUNT)
+
+
+def test_a_query_that_is_a_whole_frame(model, frames):  # noqa: F811
+    """The picture of the object is a frame of the video itself: as large as anything in it can be."""
+    with VideoSearch(frames, model=model, rate=10, tracker="template") as search:
+        track = search.locate(image=frames[25])
+        assert len(track.timeline) == 14
+        assert not track.found or bool((track.boxes[:, 2:] > track.boxes[:, :2]).all())
+
+
+def test_the_published_stages_survive_damage(model, tmp_path):  # noqa: F811
+    path = encoded(tmp_path / "damaged.mp4", film(), gop=5)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 4
+    low, high = start + int((len(data) - start) * 0.28), start + int((len(data) - start) * 0.32)
+    data[low:high] = np.random.default_rng(0).integers(0, 256, high - low, dtype=np.uint8).tobytes()
+    path.write_bytes(data)
+    way = preset("ren-vql", rounds=1, threshold=-1)
+    with VideoSearch(path, model=model, preset=way, tracker="template", rate=10, cache=tmp_path) as search:
+        track = search.locate(image=film()[25], box=box_at(25))
+    assert track.found
+    assert 0 < track.skipped < 20
+    numbers = track.frames.tolist()
+    assert numbers == list(range(numbers[0], numbers[-1] + 1)), "damage renumbers no frame"
+
+
+def test_a_video_of_one_frame(model):  # noqa: F811
+    track = locate([film()[25]], image=thing(), model=model, tracker="template", threshold=-9)
+    assert track.frames.tolist() == [0]
+    way = preset("ren-vql", threshold=-1)
+    track = locate([film()[25]], image=thing(), model=model, tracker="template", preset=way)
+    assert track.frames.tolist() == [0]
