@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from opsin import cards
 from opsin.cli import codes as verbs
 from opsin.cli.main import parser_of
-from opsin.codec import Codec, CodecConfig, ImageCode, patchify, unpatchify, weights
+from opsin.codec import Codec, CodecConfig, ImageCode, layers, patchify, unpatchify, weights
 from opsin.codec.canvas import lay, layout, restore
 from opsin.codec.download import download
 from opsin.errors import (
@@ -88,6 +88,26 @@ def test_code_is_the_first_token(codec):
     pixels = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(codec.encoder.bottleneck(pixels), codec.encoder(pixels)[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("count", [1, 3])
+def test_short_cuts_without_a_gradient_change_nothing(dtype, count, monkeypatch):
+    """Fused kernels where there are some, and a first layer that is computed for places and images apart."""
+    model = Codec.create(CONFIG, seed=3)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * p.requires_grad
+    model.to(dtype)
+    pixels, room = torch.randn(count, 3, 32, 32).to(dtype), {torch.bfloat16: 0.06}.get(dtype, 1e-5)
+    tokens = model.encoder(pixels).detach()  # with a gradient: the long way
+    expected = tokens, tokens[:, 0], model.decoder(tokens[:, 0]), model.decoder.full(tokens)
+    for fused in (layers._fused_dtypes, tuple):
+        monkeypatch.setattr(layers, "_fused_dtypes", fused)
+        with torch.no_grad():
+            found = model.encoder(pixels), model.encoder.bottleneck(pixels), model.decoder(tokens[:, 0])
+            for one, other in zip((*found, model.decoder.full(tokens)), expected, strict=True):
+                assert one.dtype == dtype
+                assert (one - other).norm() <= room * other.norm()
 
 
 @pytest.mark.parametrize("coefficients", [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])

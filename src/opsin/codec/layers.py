@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from opsin.backbones.half import attend
 from opsin.errors import InvalidCheckpoint
 from opsin.hub import check_keys
+from opsin.runtime import has_fast_bfloat16
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,6 +31,24 @@ def lean(function: Callable[[Tensor], Tensor], tokens: Tensor, *, random: bool =
     if not torch.is_grad_enabled():
         return function(tokens)
     return checkpoint(function, tokens, use_reentrant=False, preserve_rng_state=random)
+
+
+def product(linear: nn.Linear, tokens: Tensor, *, gelu: bool = False) -> Tensor:
+    """``linear(tokens)`` without a gradient, with ``gelu`` the GELU of it: on CPUs one kernel, which writes once."""
+    fused = tokens.device.type == "cpu" and tokens.dtype == linear.weight.dtype and tokens.dtype in _fused_dtypes()
+    if not fused or torch.is_autocast_enabled("cpu"):
+        found = linear(tokens)
+        return F.gelu(found) if gelu else found
+    kind = "gelu" if gelu else "none"
+    return torch.ops.mkldnn._linear_pointwise(tokens, linear.weight, linear.bias, kind, [], "none")
+
+
+@cache
+def _fused_dtypes() -> tuple[torch.dtype, ...]:
+    """What oneDNN's product with bias and GELU takes on this CPU; nothing where torch comes without it."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return ()
+    return (torch.float32, torch.bfloat16) if has_fast_bfloat16(torch.device("cpu")) else (torch.float32,)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -58,7 +78,10 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, norm: nn.Module) -> Tensor:
         """``(B, N, D)``, normed by ``norm`` first → the same."""
-        mixed = lean(lambda given: self.qkv(norm(given)), tokens)
+        if torch.is_grad_enabled():
+            mixed = lean(lambda given: self.qkv(norm(given)), tokens)
+        else:
+            mixed = product(self.qkv, norm(tokens))
         query, key, value = mixed.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self._attend(query, key, value)
 
@@ -75,7 +98,8 @@ class Attention(nn.Module):
             found = attend(query, key, value, query.shape[-1] ** -0.5)
         else:
             found = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(found.transpose(1, 2).flatten(2))
+        rows = found.transpose(1, 2).flatten(2)
+        return self.proj(rows) if torch.is_grad_enabled() else product(self.proj, rows)
 
 
 class Mlp(nn.Module):
@@ -88,6 +112,8 @@ class Mlp(nn.Module):
 
     def forward(self, tokens: Tensor, norm: nn.Module) -> Tensor:
         """``(..., D)``, normed by ``norm`` first → the same."""
+        if not torch.is_grad_enabled():
+            return product(self.fc2, product(self.fc1, norm(tokens), gelu=True))
         hidden = lean(lambda given: self.fc1(norm(given)), tokens)
         return lean(lambda given: self.fc2(F.gelu(given)), hidden)
 

@@ -21,7 +21,7 @@ from opsin.codec.measures import psnr, ssim
 from opsin.codec.patches import unpatchify
 from opsin.errors import InvalidDataset, OpsinError
 from opsin.images import save_image
-from opsin.runtime import progress
+from opsin.runtime import fast_matmul, progress
 from opsin.training.codec_config import CodecTrainingConfig
 from opsin.training.codec_data import ImageBatch, PhotoBatches, StreamBatches, stack
 from opsin.training.data import loader
@@ -142,7 +142,7 @@ class CodecLoop(Run):
                 part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
         first, second = c.betas
         groups = parameter_groups(self.codec, c)
-        self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(first, second))
+        self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(first, second), fused=True)
         self.average = Average([p for group in self.optimizer.param_groups for p in group["params"]], c.ema)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.dtype == torch.float16)
 
@@ -154,7 +154,7 @@ class CodecLoop(Run):
         objective = Objective(self.codec, c, self.dtype)
         model = accelerator.prepare(objective)
         stream, last, main = self._stream(), {}, accelerator.is_main_process
-        with open_log(c, self.folder, self.step, main) as log:
+        with open_log(c, self.folder, self.step, main) as log, fast_matmul():
             left = range(self.step, self.total)
             for _ in progress(left, total=len(left), description="train", unit="step"):
                 started = time.perf_counter()
