@@ -24,8 +24,8 @@ class Painter(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        backbone = SimpleNamespace(image_size=[SIDE, SIDE])
-        self.config = SimpleNamespace(vision_config=SimpleNamespace(backbone_config=backbone))
+        self.device, self.dtype = self.weight.device, self.weight.dtype
+        self.prompt_encoder = SimpleNamespace(input_image_size=SIDE)
         self.batches = []
 
     def get_image_embeddings(self, pixels):

@@ -15,17 +15,17 @@ from torch.nn import functional as F
 from opsin import hub
 from opsin.errors import InvalidConfig, InvalidDataset, OpsinError
 from opsin.geometry import box_nms, mask_boxes
-from opsin.images import list_images, resize
+from opsin.images import list_images
 from opsin.masks.maps import RegionMaps
 from opsin.masks.sources import CachedMasks, Frame
 from opsin.masks.store import MaskStore
-from opsin.runtime import progress, resolve_device
+from opsin.runtime import progress
+from opsin.tracking.sam2 import load_model, prepare
 from opsin.training.config import RegionTrainingConfig, parse_source
 
 if TYPE_CHECKING:
     from transformers import Sam2Model
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 
 
@@ -51,16 +51,13 @@ class AutomaticMasks:
     def __init__(self, model: Sam2Model, settings: MaskSettings | None = None) -> None:
         self.model = model.eval()
         self.settings = settings or MaskSettings()
-        vision: Any = model.config.vision_config
-        self.side = int(vision.backbone_config.image_size[0])
+        encoder: Any = model.prompt_encoder
+        self.side = int(encoder.input_image_size)
 
     @classmethod
     def from_pretrained(cls, ref: str, *, device: str | torch.device | None = None) -> AutomaticMasks:
-        """With the SAM 2 weights of ``"hf:org/repo@rev"`` or ``"dir:path"``. Raises what ``hub.resolve`` raises."""
-        from transformers import Sam2Model
-
-        model = Sam2Model.from_pretrained(hub.resolve(ref), dtype=torch.float32, local_files_only=True)
-        return cls(model.to(resolve_device(device)))  # type: ignore[arg-type]
+        """With the SAM 2 weights of a catalogue name, ``"hf:org/repo@rev"`` or ``"dir:path"``; float32."""
+        return cls(load_model(ref, "Sam2Model", device, None))
 
     @torch.inference_mode()
     def generate(self, image: Tensor) -> Tensor:
@@ -70,9 +67,7 @@ class AutomaticMasks:
         """
         s = self.settings
         device = next(self.model.parameters()).device
-        pixels = resize(image, (self.side, self.side)).to(device)
-        mean, std = (pixels.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-        embeddings = self.model.get_image_embeddings(((pixels - mean) / std)[None])
+        embeddings = self.model.get_image_embeddings(prepare(image, self.model))
         line = (torch.arange(s.points_per_side, device=device) + 0.5) * (self.side / s.points_per_side)
         points = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).reshape(-1, 2)
         masks, boxes, scores = [], [], []
