@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,10 @@ from opsin.cards import ModelCard
 from opsin.cli import eval as verb
 from opsin.errors import InputError, InvalidDataset, MissingFile
 from opsin.evaluation import datasets, grouping, localization, retrieval
+from opsin.localization import VideoSearch
 from opsin.regions import RegionEncoder, RegionModel
+from opsin.vql.preset import PRESETS, Preset
+from opsin.vql.store import TokenStore
 
 DIM = 32
 VIT = {
@@ -233,6 +238,86 @@ def test_eval_locate(saved_model: str, vql: Path, tmp_path: Path, extra: tuple[s
     assert found["methods"]["template matching"]["success"]["mean"] == 1.0
     assert set(found["methods"]["opsin locate"]) > {"success", "stAP@0.25", "tAP@0.25", "recovery", "answered"}
     assert found["per_episode"]["one_0"]["truth"] == [7, 11]
+
+
+def test_the_folder_of_episodes_is_the_same_measure(saved_model: str, vql: Path, tmp_path: Path) -> None:
+    options = ("--model", saved_model, "--rate", "30", "--tracker", "template")
+    _, one = evaluate("locate", "--data", str(vql), *options, "--out", str(tmp_path / "a.json"))
+    _, two = evaluate("vql-folder", str(vql.parent), *options, "--out", str(tmp_path / "b.json"))
+    for report in (one, two):
+        for name in ("environment", "seconds_locating", "seconds"):
+            assert report.pop(name)
+    assert one == two
+    assert (one["measure"], one["preset"], one["tracker"]) == ("locate", "template", "template")
+
+
+@pytest.mark.parametrize(
+    ("preset", "rows", "given"),
+    [
+        ("template", 4, "+ the last candidate, not the best"),
+        ("ren-vql", 3, "+ second round"),
+    ],
+)
+def test_an_ablation_has_a_row_per_stage_and_encodes_once(
+    saved_model: str, vql: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, rows: int, given: str,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    encoded, opened, folders = [], [], set()
+    shots, made = TokenStore._shots, VideoSearch.__init__
+    monkeypatch.setattr(TokenStore, "_shots", lambda self, part: encoded.extend(part) or shots(self, part))
+
+    def opens(self: VideoSearch, *args: object, **options: object) -> None:
+        made(self, *args, **options)
+        opened.append(self.preset)
+        folders.add(self.store.folder)
+
+    monkeypatch.setattr(VideoSearch, "__init__", opens)
+    words = ("--model", saved_model, "--rate", "6", "--preset", preset, "--tracker", "template", "--ablation")
+    code, found = evaluate("vql-folder", str(vql), *words, "--out", str(tmp_path / "s.json"))
+    assert code == 0
+    names = list(found["stages"])
+    assert len(names) == rows
+    assert names[0] == "selection alone"
+    assert list(found["methods"])[:rows] == names
+    assert list(found["seconds"]) == ["encoding", *names]
+    assert found["as_given"] == given
+    assert opened == [Preset(**found["stages"][name]) for _ in range(2) for name in names]
+    assert len(encoded) == 2 * 3, "frames near every sixth of a second of two videos, once for all rows"
+    assert not any(folder.exists() for folder in folders)
+    assert names[0] in capsys.readouterr().err
+    for episode in found["per_episode"].values():
+        assert set(names) < set(episode)
+
+
+def test_stages_build_a_preset_up() -> None:
+    for name in PRESETS:
+        rows = list(localization.stages(PRESETS[name]).values())
+        whole = PRESETS[name]
+        assert [row.rounds for row in rows[-2:]] == [1, 2]
+        assert not rows[0].refine
+        assert {row.name for row in rows} == {name}
+        assert whole in rows or replace(whole, rounds=2) in rows
+        for before, after in itertools.pairwise(rows):
+            assert sum(asdict(before)[key] != value for key, value in asdict(after).items()) == 1
+    assert len(localization.stages(replace(PRESETS["ren-vql"], rounds=3))) == 3
+
+
+def test_template_matching_needs_two_videos(saved_model: str, vql: Path) -> None:
+    """It says so before anything is searched; without it one video is enough."""
+    model = RegionModel.from_pretrained(saved_model, device="cpu")
+    one = datasets.episodes(vql)[:1]
+    with pytest.raises(InputError, match="other videos"):
+        localization.evaluate(model, one, tracker="template")
+    found = localization.evaluate(model, one, baseline=False, tracker="template")
+    assert list(found["methods"]) == ["opsin locate"]
+
+
+def test_vq2d_is_a_measure(capsys: pytest.CaptureFixture) -> None:
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    args = parser.parse_args(["vq2d", "validate", "--annotations", "nowhere.json", "--predictions", "nowhere.json"])
+    with pytest.raises(MissingFile, match=r"nowhere\.json"):
+        verb.run(args)
 
 
 @pytest.mark.slow

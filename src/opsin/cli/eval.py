@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from opsin.segmentation import Segmenter
 
 from opsin.cli.eval_reconstruction import add_reconstruction_arguments, run_reconstruction
+from opsin.cli.eval_vq2d import add_vq2d_arguments, run_vq2d
 
 HELP = "measure a model on annotated data"
 
@@ -19,12 +20,15 @@ EXAMPLES = """examples:
   opsin eval retrieval --data data/coco128_panoptic --out retrieval.json
   opsin eval grouping  --data data/bsds500 --out grouping.json
   opsin eval locate    --data data/vql --out locate.json
+  opsin eval vql-folder data/vql --ablation --out stages.json
   opsin eval segmentation --dataset folder --root data/coco128_panoptic --split val2017 --out coco128.json
 
 retrieval  COCO panoptic: segments of val2017 look up segments of train2017, right when of the same category;
            region tokens against mean patch features of the same map and colour histograms
 grouping   BSDS: prompt pairs put together or apart as people do; thresholds chosen on train, judged on val
 locate     visual-query episodes: where was the object last seen; against template matching
+vql-folder the same, of a folder with episodes.json; --ablation says what every stage adds
+vq2d       the Ego4D VQ2D benchmark, from the videos to the submission; opsin eval vq2d -h
 reconstruction  PSNR and SSIM of a codec beside JPEG, WebP and AVIF of as many bytes; opsin eval reconstruction -h
 segmentation  open-vocabulary segmentation: mIoU on the standard data sets or a folder; opsin eval segmentation -h
 """
@@ -34,6 +38,8 @@ HELPS = {
     "retrieval": "segments look up segments of the same category",
     "grouping": "prompts put together or apart as people do",
     "locate": "visual-query episodes on video",
+    "vql-folder": "the same as locate, of a folder with episodes.json",
+    "vq2d": "the Ego4D VQ2D benchmark",
     "segmentation": "mIoU of labels by words",
     "reconstruction": "what a codec keeps of images",
 }
@@ -58,33 +64,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     measures = parser.add_subparsers(dest="measure", required=True, metavar="MEASURE")
-    for name in FOLDERS:
-        _region_arguments(measures.add_parser(name, help=HELPS[name]))
+    for name in (*FOLDERS, "vql-folder"):
+        parser = measures.add_parser(name, help=HELPS[name])
+        what: dict[str, Any] = {"type": Path, "help": "the data folder, or the folder that holds it"}
+        if name == "vql-folder":
+            parser.add_argument("data", metavar="DIR", **what)
+        else:
+            parser.add_argument("--data", required=True, **what)
+        _region_arguments(parser)
+        if name == "retrieval":
+            parser.add_argument("--min-area", type=int, default=1, help="pixels of the smallest segment (default 1)")
+        if name in ("locate", "vql-folder"):
+            _locate_arguments(parser)
+    add_vq2d_arguments(measures.add_parser("vq2d", help=HELPS["vq2d"]))
     add_segmentation_arguments(measures.add_parser("segmentation", help=HELPS["segmentation"]))
     add_reconstruction_arguments(measures.add_parser("reconstruction", help=HELPS["reconstruction"]))
 
 
 def _region_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="opsin-tiny", help='catalogue name, "hf:org/repo@rev" or "dir:path"')
-    parser.add_argument("--data", type=Path, required=True, help="the data folder, or the folder that holds it")
     parser.add_argument("--out", type=Path, help="write the whole report to this JSON file")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     parser.add_argument("--size", type=int, help="side of the square model input (default: the model's)")
     parser.add_argument("--limit", type=int, help="use at most so many images or episodes of each split, evenly spaced")
-    parser.add_argument("--min-area", type=int, default=1, help="retrieval: pixels of the smallest segment (default 1)")
-    parser.add_argument("--context", action="store_true", help="locate: give the whole query frame and the box in it")
-    parser.add_argument("--rate", type=float, help="locate: frames searched per second (default: that of opsin locate)")
-    parser.add_argument(
-        "--tokens", choices=("features", "pred", "proj", "both"), help="locate: what places are compared by"
-    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default 0)")
     parser.add_argument("--device", help="where to run (default: the machine's accelerator, else the CPU)")
     parser.add_argument("--dtype", help='"auto", "float32" or "bfloat16" (default float32)')
 
 
+def _locate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", action="store_true", help="give the whole query frame and the box in it")
+    parser.add_argument("--rate", type=float, help="frames searched per second (default: that of opsin locate)")
+    parser.add_argument("--tokens", choices=("features", "pred", "proj", "both"), help="what places are compared by")
+    parser.add_argument("--preset", help='the way of searching, as "ren-vql" (default: the model\'s)')
+    parser.add_argument("--tracker", default="auto", help='"auto", "template", or a SAM 2 model (default: auto)')
+    parser.add_argument("--ablation", action="store_true", help="measure the preset stage by stage, a row for each")
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, write and print. Data on stdout, text for people on stderr."""
-    own = {"segmentation": run_segmentation, "reconstruction": run_reconstruction}
+    own = {"segmentation": run_segmentation, "reconstruction": run_reconstruction, "vq2d": run_vq2d}
     if args.measure in own:
         return own[args.measure](args)
     from opsin import report
@@ -93,11 +112,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.limit is not None and args.limit < 1:
         raise InvalidConfig("--limit is at least 1", got=args.limit)
-    root = args.data / FOLDERS[args.measure] if (args.data / FOLDERS[args.measure]).is_dir() else args.data
+    measure = "locate" if args.measure == "vql-folder" else args.measure
+    root = args.data / FOLDERS[measure] if (args.data / FOLDERS[measure]).is_dir() else args.data
     model = RegionModel.from_pretrained(args.model, device=args.device, dtype=args.dtype)
-    measured = {"retrieval": _retrieval, "grouping": _grouping, "locate": _locate}[args.measure](model, root, args)
+    measured = {"retrieval": _retrieval, "grouping": _grouping, "locate": _locate}[measure](model, root, args)
     full = {
-        "measure": args.measure,
+        "measure": measure,
         "model": model.name,
         "data": root.name,
         "environment": report.environment(args.seed),
@@ -109,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(report.tidy(full), ensure_ascii=False) + "\n")
     else:
-        sys.stderr.write(_table(args.measure, full) + "\n")
+        sys.stderr.write(_table(measure, full) + "\n")
     return 0
 
 
@@ -142,7 +162,10 @@ def _locate(model: Any, root: Path, args: argparse.Namespace) -> dict[str, Any]:
     given = {"rate": args.rate, "size": args.size, "tokens": args.tokens}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     records = _thin(datasets.episodes(root), args.limit)
-    return localization.evaluate(model, records, context=args.context, seed=args.seed, **options)
+    return localization.evaluate(
+        model, records, context=args.context, ablation=args.ablation, preset=args.preset, tracker=args.tracker,
+        seed=args.seed, **options,
+    )  # fmt: skip
 
 
 def _table(measure: str, full: dict[str, Any]) -> str:
@@ -157,7 +180,8 @@ def _table(measure: str, full: dict[str, Any]) -> str:
         rows = {
             n: {k: v[k] for k in ("success", "stAP@0.25", "tAP@0.25", "recovery")} for n, v in full["methods"].items()
         }
-        title = f"{full['episodes']} episodes of {full['videos']} videos"
+        how = f"preset {full['preset']}, tracker {full['tracker']}"
+        title = f"{full['episodes']} episodes of {full['videos']} videos, {how}"
     width = max(len(n) for n in rows)
     columns = list(next(iter(rows.values())))
     lines = [

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,8 +17,11 @@ from opsin.errors import InputError
 from opsin.evaluation import template
 from opsin.evaluation.datasets import Episode
 from opsin.geometry import check_box
+from opsin.tracking.base import Tracker
 from opsin.types import Track
 from opsin.vq2d.metrics import BoxTrack, TrackScores, recovered_frames, spatiotemporal_iou, temporal_iou
+from opsin.vql.preset import Preset
+from opsin.vql.preset import preset as preset_of
 
 if TYPE_CHECKING:
     from opsin.regions import RegionModel
@@ -35,56 +42,73 @@ def as_boxes(track: Track) -> BoxTrack:
     return BoxTrack(track.frames.cpu(), track.boxes.cpu(), track.score if track.found else 0.0)
 
 
+def stages(whole: Preset) -> dict[str, Preset]:
+    """A preset built up: every row adds one stage to the row before. What a preset leaves out, such as refinement in
+    ``"template"``, has a row too."""
+    steps: dict[str, dict[str, Any]] = {"selection alone": {"refine": False, "first": "best", "rounds": 1}}
+    if whole.first == "last":
+        steps["+ the last candidate, not the best"] = {"first": "last"}
+    steps |= {"+ refinement": {"refine": True}, "+ second round": {"rounds": max(2, whole.rounds)}}
+    rows: dict[str, Preset] = {}
+    for name, values in steps.items():
+        rows[name] = whole = preset_of(whole, **values)
+    return rows
+
+
 def evaluate(
     model: RegionModel,
     episodes: Sequence[Episode],
     *,
     context: bool = False,
     baseline: bool = True,
+    ablation: bool = False,
+    preset: str | Preset | None = None,
+    tracker: str | Path | Tracker = "auto",
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Answer every episode with ``locate(frames, image=crop, **options)`` and, as ``baseline``, with template matching.
+    """Answer every episode as ``VideoSearch(frames, preset=..., tracker=..., **options).locate(image=crop)`` does and,
+    as ``baseline``, with template matching.
 
     ``context`` hands over the whole query frame and the box of the object in it, instead of the crop alone.
-    Intervals come from drawing whole source videos again: the episodes of one video are not independent.
+    ``ablation`` measures every row of :func:`stages`, on frames that are encoded once per episode; ``as_given`` names
+    the row that is the preset itself. Intervals come from drawing whole source videos again: the episodes of one video
+    are not independent.
     """
-    from opsin.localization import locate
+    from opsin.localization.search import default_preset, tracker_of
 
     if not episodes:
         raise InputError("There is at least one episode", got=0)
-    truths = [BoxTrack.of(e.response) for e in episodes]
-    answers: dict[str, list[BoxTrack]] = {"opsin locate": []}
-    started = time.perf_counter()
+    whole = preset_of(preset or default_preset(model))
+    ways = stages(whole) if ablation else {"opsin locate": whole}
+    weights = next(model.parameters())
+    follower = tracker_of(tracker, device=weights.device, dtype=weights.dtype, window=whole.window)
+    truths, groups = [BoxTrack.of(e.response) for e in episodes], [e.group for e in episodes]
+    matched, rules = _baseline(episodes, truths, groups) if baseline else ({}, [])
+    answers: dict[str, list[BoxTrack]] = {name: [] for name in ways}
+    spent = dict.fromkeys((*(["encoding"] if ablation else []), *ways), 0.0)
     for episode in runtime.progress(episodes, total=len(episodes), description="locating", unit="episode"):
         asked: dict[str, Any] = {"image": query_crop(episode)}
         if context:
             asked = {"image": episode.query_frame, "box": episode.query_box}
-        found = locate([str(f) for f in episode.frames], model=model, **asked, **options)
-        answers["opsin locate"].append(as_boxes(found))
-    seconds = time.perf_counter() - started
-    rules: list[template.Rule] = []
-    if baseline:
-        matched = [
-            match_episode(e)
-            for e in runtime.progress(episodes, total=len(episodes), description="matching", unit="episode")
-        ]
-        rules = template.choose_rules(matched, truths, [e.group for e in episodes])
-        answers["template matching"] = [template.last_occurrence(m, r) for m, r in zip(matched, rules, strict=True)]
-        # What the baseline could reach if it knew these very episodes: an upper bound, not a result.
-        oracle = max(template.RULES, key=lambda r: template.quality(matched, truths, r))
-        answers["template matching, threshold chosen on the same episodes"] = [
-            template.last_occurrence(m, oracle) for m in matched
-        ]
-    groups = [e.group for e in episodes]
+        for name, track, seconds in _answers(episode, asked, ways, model, follower or "template", options):
+            spent[name] += seconds
+            if track is not None:
+                answers[name].append(as_boxes(track))
+    answers |= matched
+    given = next((name for name, way in ways.items() if way == whole), None)
     return {
         "episodes": len(episodes),
         "videos": len(set(groups)),
         "frames": sum(len(e.frames) for e in episodes),
         "query": "frame and box" if context else "crop",
         "options": options,
-        "seconds_locating": seconds,
+        "preset": whole.name,
+        "tracker": follower.name if follower is not None else "template",
+        "seconds_locating": sum(spent.values()),
+        "seconds": spent,
         "methods": {name: summarise(tracks, truths, groups, seed=seed) for name, tracks in answers.items()},
+        **({"stages": {n: asdict(w) for n, w in ways.items()}, "as_given": given} if ablation else {}),
         "template_rules": {e.id: vars(r) for e, r in zip(episodes, rules, strict=True)} if rules else {},
         "per_episode": {
             e.id: {"frames": len(e.frames), "truth": _span(truth)}
@@ -92,6 +116,45 @@ def evaluate(
             for i, (e, truth) in enumerate(zip(episodes, truths, strict=True))
         },
     }
+
+
+def _answers(
+    episode: Episode, asked: dict[str, Any], ways: dict[str, Preset], model: RegionModel, tracker: Any,
+    options: dict[str, Any],
+) -> Iterator[tuple[str, Track | None, float]]:  # fmt: skip
+    """Row, track and seconds of every way; where there are several they share what the frames are encoded to, and the
+    row ``"encoding"`` comes first."""
+    from opsin.localization import VideoSearch
+
+    frames = [str(f) for f in episode.frames]
+    with TemporaryDirectory(prefix="opsin-") as folder:
+        shared = {"cache": folder} if len(ways) > 1 else {"keep": False}
+        for name, way in ways.items():
+            started = time.perf_counter()
+            with VideoSearch(frames, model=model, preset=way, tracker=tracker, **shared, **options) as search:
+                if len(ways) > 1 and not len(search.store):
+                    deque(search.store.shots(), 0)
+                    yield "encoding", None, time.perf_counter() - started
+                    started = time.perf_counter()
+                track = search.locate(**asked)
+            yield name, track, time.perf_counter() - started
+
+
+def _baseline(
+    episodes: Sequence[Episode], truths: Sequence[BoxTrack], groups: Sequence[str]
+) -> tuple[dict[str, list[BoxTrack]], list[template.Rule]]:
+    """Template matching: its answers, and the rule of every episode, chosen on the other videos."""
+    shown = runtime.progress(episodes, total=len(episodes), description="matching", unit="episode")
+    matched = [match_episode(e) for e in shown]
+    rules = template.choose_rules(matched, truths, groups)
+    # What it could reach if it knew these very episodes: an upper bound, not a result.
+    oracle = max(template.RULES, key=lambda r: template.quality(matched, truths, r))
+    return {
+        "template matching": [template.last_occurrence(m, r) for m, r in zip(matched, rules, strict=True)],
+        "template matching, threshold chosen on the same episodes": [
+            template.last_occurrence(m, oracle) for m in matched
+        ],
+    }, rules
 
 
 def match_episode(episode: Episode) -> template.Matches:
