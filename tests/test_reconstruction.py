@@ -7,6 +7,7 @@ import io
 import json
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,40 @@ def test_perceptual_measures_say_why_they_are_missing(monkeypatch):
     assert found["lpips"] is None
     assert found["rfid"] is None
     assert "torchmetrics" in found["lpips_reason"]
+
+
+def test_perceptual_measures_take_all_images_in_the_range_they_expect(monkeypatch):
+    """Stand-ins of torchmetrics' classes: what they are made with and given."""
+    asked = {}
+
+    def stand_in(name):
+        class Measure:
+            def __init__(self, **options):
+                asked[name] = {"options": options, "given": []}
+
+            def update(self, *images, **rest):
+                asked[name]["given"].append((images, rest))
+
+            def compute(self):
+                return torch.tensor(0.25)
+
+        return Measure
+
+    lpip, fid = types.ModuleType("torchmetrics.image.lpip"), types.ModuleType("torchmetrics.image.fid")
+    lpip.LearnedPerceptualImagePatchSimilarity = stand_in("lpips")
+    fid.FrechetInceptionDistance = stand_in("rfid")
+    for module in (types.ModuleType("torchmetrics"), types.ModuleType("torchmetrics.image"), lpip, fid):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    images, others = torch.rand(20, 3, 32, 32), torch.rand(20, 3, 32, 32)
+    assert m.perceptual(images, others) == {"lpips": 0.25, "rfid": 0.25}
+    assert asked["lpips"]["options"] == {"net_type": "alex", "normalize": True}  # normalize: images are in [0, 1]
+    assert asked["rfid"]["options"] == {"normalize": True}
+    pairs = [given for given, _ in asked["lpips"]["given"]]
+    assert torch.equal(torch.cat([a for a, _ in pairs]), images)
+    assert torch.equal(torch.cat([b for _, b in pairs]), others)
+    for real, expected in ((True, images), (False, others)):
+        parts = [given[0] for given, rest in asked["rfid"]["given"] if rest == {"real": real}]
+        assert torch.equal(torch.cat(parts), expected)
 
 
 def test_the_report(folder, tmp_path):
