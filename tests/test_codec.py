@@ -296,6 +296,9 @@ def test_images_that_cannot_be(codec, tmp_path):
         codec.encode(tmp_path / "nothing.png")
     with pytest.raises(InvalidImage):
         codec.encode(torch.full((3, 8, 8), torch.nan))
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    with pytest.raises(InvalidImage, match="pixels"):
+        codec.encode(tmp_path / "huge.png")
     with pytest.raises(InvalidConfig):
         codec.encode(photo(8, 8), fit="squash")
     with pytest.raises(InvalidConfig):
