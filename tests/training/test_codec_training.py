@@ -172,6 +172,16 @@ def test_zip_files_parts_and_lists(photos, tmp_path):
         cd.open_photographs(str(tmp_path / "nowhere"))
 
 
+def test_tiny_imagenet_lies_where_the_published_code_looks_for_it(tmp_path, monkeypatch):
+    for place in ("train/n01/images/a.JPEG", "val/images/b.JPEG", "val/images/c.JPEG"):
+        path = tmp_path / "data/tiny-imagenet-200" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        paint(1).save(path, "jpeg")
+    monkeypatch.chdir(tmp_path)
+    assert len(cd.open_photographs("tiny-imagenet-200")) == 1
+    assert len(cd.open_photographs("tiny-imagenet-200@val")) == 2
+
+
 def test_panoramas_are_turned_and_never_cropped(tmp_path):
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, 5] = 255
