@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from opsin.types import Track
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     with recorded(args.video, args.duration) as video:  # a live source is recorded once and drawn from the recording
         track = locate(
             args.video if args.cache else video, image=image, words=args.words, frame=args.frame, box=args.box,
-            point=args.point, search=args.search, duration=args.duration, model=model_of(args), tracker=args.tracker,
+            point=args.point, search=args.search, duration=args.duration, model=args.model, tracker=args.tracker,
             device=args.device, dtype=args.dtype, **given,
         )  # fmt: skip
         if args.out:
@@ -107,21 +107,6 @@ def run(args: argparse.Namespace) -> int:
         if path:
             sys.stderr.write(f"wrote {path}\n")
     return 0
-
-
-def model_of(args: argparse.Namespace) -> Any:
-    """What ``--model`` names. Where there are words, a backbone, or weights without a card, is asked what it knows of
-    words, not of regions."""
-    from opsin import hub
-
-    if not args.words:
-        return args.model
-    card = hub.card_of(args.model)
-    if card is not None and card.kind != "backbone":
-        return args.model
-    from opsin.segmentation import Segmenter
-
-    return Segmenter.from_pretrained(args.model, device=args.device, dtype=args.dtype)
 
 
 def write(path: Path, text: str) -> None:

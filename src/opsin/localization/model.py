@@ -13,7 +13,7 @@ from torch import Tensor
 from opsin.geometry import check_box
 from opsin.hub import atomic_path
 from opsin.images import read_image
-from opsin.localization.search import TOKENS, VideoSearch
+from opsin.localization.search import TOKENS, VideoSearch, load_for_words
 from opsin.tracking.base import Tracker
 from opsin.tracking.descriptors import Kind
 from opsin.types import Track
@@ -63,6 +63,8 @@ def locate(
     Source: REN-VQL (arXiv 2505.18153, after RELOCATE, 2412.01826); the template is an exemplar discriminant (Hariharan
     et al., 2012).
     """
+    if words is not None and isinstance(model, (str, Path)):
+        model = load_for_words(model, device=device, dtype=dtype)
     with VideoSearch(
         video, model=model, preset=preset, tracker=tracker, rate=rate, duration=duration, cache=cache, keep=False,
         size=size, tokens=tokens, device=device, dtype=dtype,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from opsin import models
+from opsin import hub, models
 from opsin.errors import IncompatibleModel, InvalidConfig, InvalidVideo
 from opsin.localization import engines
 from opsin.localization.query import Asked, check_names, read_query
@@ -84,8 +84,8 @@ class VideoSearch:
         chosen = None if preset is None else preset_of(preset)
         self._stack = ExitStack()
         try:
-            self.reader: VideoReader = self._stack.enter_context(recorded(video, duration))
             name = {} if cache is None else identity(video)
+            self.reader: VideoReader = self._stack.enter_context(recorded(video, duration))
             self.model = models.load(model, device=device, dtype=dtype) if isinstance(model, (str, Path)) else model
             self.preset = chosen or preset_of(default_preset(self.model))
             self.duration, self.rate = duration, rate
@@ -186,6 +186,15 @@ def default_preset(model: Any) -> str:
     if isinstance(model, Segmenter):
         return "words"
     return model.card.preset or "template" if isinstance(model, RegionModel) else "template"
+
+
+def load_for_words(ref: str | Path, *, device: Any = None, dtype: Any = None) -> Any:
+    """A model that is asked for words: a backbone, or weights without a card, is asked what it knows of words, not of
+    regions."""
+    card = hub.card_of(ref)
+    if card is not None and card.kind != "backbone":
+        return models.load(ref, device=device, dtype=dtype)
+    return Segmenter.from_pretrained(str(ref), device=device, dtype=dtype)
 
 
 def tracker_of(
