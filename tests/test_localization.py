@@ -379,6 +379,10 @@ def test_frames_of_mixed_sizes(model, frames, tmp_path):
         mixed.append(np.asarray(picture.resize((160, 100)) if i < 10 else picture))
     track = locate(mixed, image=thing(), model=model, rate=10)
     assert int(track.frames[-1]) == pytest.approx(30, abs=1)
+    small_first = [np.asarray(Image.open(frames[0]).resize((40, 30))), *(np.asarray(Image.open(p)) for p in frames[1:])]
+    found = locate(small_first, image=thing(), model=model, rate=10)
+    assert int(found.frames[-1]) == pytest.approx(30, abs=1)
+    assert float(found.boxes[:, 2].max()) > 40, "boxes are of their own frame's size"
     render.annotated_clip(mixed, track, tmp_path / "mixed.mp4", around=None)
     assert len(list(open_video(tmp_path / "mixed.mp4").frames())) == COUNT
 

@@ -20,7 +20,7 @@ SCALE_STEPS = (0.9, 1.0, 1.11)
 REACH = 1.0  # how far the centre may move between frames, in box sides
 CHUNK_SECONDS = 1.0
 
-__all__ = ["Measure", "Step", "backwards", "check_seed", "follow", "forwards", "join", "smooth"]
+__all__ = ["Measure", "Step", "backwards", "check_seed", "follow", "forwards", "join", "size_at", "smooth"]
 
 Measure = Callable[[Sequence[VideoFrame]], list[Callable[[Tensor, Tensor | None], Found]]]
 
@@ -90,6 +90,13 @@ def backwards(reader: VideoReader, before: float, since: float = 0.0) -> Iterato
         for i in range(len(piece), 0, -4):
             yield piece[max(0, i - 4) : i][::-1]
         end = start
+
+
+def size_at(reader: VideoReader, seed: Step) -> Size:
+    """Size of the seed's frame. Frames may differ in size, which is looked at where the box is not on the first one."""
+    height, width = reader.size
+    inside = bool((seed.box >= 0).all()) and float(seed.box[2]) <= width and float(seed.box[3]) <= height
+    return reader.size if inside else reader.read_frame(seed.frame).size
 
 
 def check_seed(seed: Step, size: Size, start: float, stop: float | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from opsin.errors import InvalidConfig
 from opsin.geometry import mask_boxes
 from opsin.tracking.base import Step
-from opsin.tracking.follow import backwards, check_seed, forwards, join
+from opsin.tracking.follow import backwards, check_seed, forwards, join, size_at
 from opsin.tracking.sam2 import DEFAULT, Sam2Masks, full_size, load_model, prepare
 from opsin.video import VideoFrame, VideoReader
 
@@ -70,7 +70,7 @@ class Sam2Tracker:
     @torch.inference_mode()
     def track(self, reader: VideoReader, seed: Step, *, start: float = 0.0, stop: float | None = None) -> list[Step]:
         """As ``Tracker.track``. The seed's box becomes that of its mask; alone, as given, where SAM sees no object."""
-        check_seed(seed, reader.size, start, stop)
+        check_seed(seed, size_at(reader, seed), start, stop)
         frame = reader.read_frame(seed.frame)
         check_seed(Step(frame.index, frame.time, seed.box, seed.score), frame.size, start, stop)
         session = self._session(seed.box, frame.size)

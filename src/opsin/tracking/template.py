@@ -20,7 +20,7 @@ from opsin.geometry import check_box, check_points
 from opsin.images import unfit
 from opsin.tracking.base import Step, pairs
 from opsin.tracking.descriptors import DenseTokens
-from opsin.tracking.follow import backwards, check_seed, follow, forwards, join
+from opsin.tracking.follow import backwards, check_seed, follow, forwards, join, size_at
 from opsin.tracking.masks import component_at, largest_component
 from opsin.tracking.matching import Found, Template
 from opsin.video import VideoFrame, VideoReader
@@ -57,7 +57,7 @@ class TemplateTracker:
         A few frames in a row without the object are needed to end the track. A box stays within a factor of 2 of the
         seed's sides. A seed with a score that is not above 0 is not to be told from the background, and stays alone.
         """
-        check_seed(seed, reader.size, start, stop)
+        check_seed(seed, size_at(reader, seed), start, stop)
         if not seed.score > 0:
             return [seed]
         keep, natural = self.keep * seed.score, seed.box[2:] - seed.box[:2]
