@@ -73,11 +73,8 @@ class Way:
         self.segmenter.aligned.__dict__["vocabulary"] = self.vocabulary
         self.matmul = fast_matmul
         if name.startswith("openvino"):
-            from opsin.backbones.openvino import compile_features
-
-            dtype = "bfloat16" if name.endswith("bf16") else "float32"
-            aligned: Any = self.segmenter.aligned
-            aligned.features = compile_features(aligned.backbone, self.segmenter.card.crop, dtype=dtype)
+            dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
+            self.segmenter.aligned.use_openvino(self.segmenter.card.crop, dtype)
             self.batch = 16  # one by one on as many threads
 
     def stages(self, labels: Labels, size: tuple[int, int]) -> list[tuple[str, Callable[[Any], Any]]]:

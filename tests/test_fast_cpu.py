@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
+from PIL import Image
 from torch.nn import functional as F
 
 from opsin.backbones import from_config, half
-from opsin.errors import IncompatibleModel, InvalidConfig, UnsupportedSize
+from opsin.cli.main import main
+from opsin.errors import IncompatibleModel, InvalidConfig, MissingExtra, UnsupportedSize
 from opsin.runtime import fast_matmul
+from opsin.segmentation import Segmenter
 from opsin.segmentation.attention import SelfCorrelatingAttention
+from tests.conformance.test_radio import checkpoint
 
 
 def radio(dtype: torch.dtype = torch.float32, scra: bool = True):
@@ -180,27 +186,68 @@ def test_openvino_refuses_what_it_cannot_do(openvino, backbone) -> None:
         openvino.compile_features(backbone, 96, dtype="bfloat16", tolerance=1e-9)
     with pytest.raises(InvalidConfig, match="float32 or bfloat16"):
         openvino.compile_features(backbone, 96, dtype="float16")
-    with pytest.raises(InvalidConfig, match="CPU in float32"):
+    with pytest.raises(InvalidConfig, match="weights are float32"):
         openvino.compile_features(radio(torch.bfloat16), 96)
     with pytest.raises(UnsupportedSize):
         openvino.compile_features(backbone, 100)
 
 
-def test_openvino_in_the_place_of_torch(openvino, backbone, pixels) -> None:
-    """The seam that a segmenter uses: an attribute of the instance hides the method, and deleting it shows it again."""
+def tiny_checkpoint(folder: Path) -> Path:
+    """RADIO in the published layout: any reference that a segmenter takes."""
+    return checkpoint(folder / "c-radio_tiny_half.pth.tar")
 
-    class Aligned(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone = backbone
 
-        def features(self, given: torch.Tensor) -> torch.Tensor:
-            return self.backbone(given).features
+def test_a_segmenter_on_openvino_gives_what_torch_gives(openvino, tmp_path, monkeypatch) -> None:
+    path, side = tiny_checkpoint(tmp_path), 48
+    options = {"crop": side, "stride": 32}
+    images = [torch.rand((3, h, w), generator=torch.Generator().manual_seed(h)) for h, w in ((100, 150), (48, 80))]
+    plain = Segmenter.from_pretrained(path, device="cpu")
+    fast = Segmenter.from_pretrained(path, runtime="openvino")
+    made = []
+    compile_features = openvino.compile_features
+    monkeypatch.setattr(openvino, "compile_features", lambda *a, **k: made.append(a[1:]) or compile_features(*a, **k))
+    for expected, found in zip(plain.encode(images, **options), fast.encode(images, **options), strict=True):
+        torch.testing.assert_close(found.features, expected.features, atol=1e-3, rtol=1e-3)
+    assert made == [(side,)]
+    assert (fast.runtime, plain.runtime) == ("openvino", "torch")
+    plain.aligned.scra = fast.aligned.scra = 3.0  # the graph is made anew, or it would show the old attention
+    a, b = (one.encode(images[0], **options)[0].features for one in (fast, plain))
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    assert len(made) == 2
+    with pytest.raises(InvalidConfig, match="windows of one size"):
+        fast.encode(images, crop=0)
+    half_way = Segmenter.from_pretrained(path, runtime="openvino", dtype="bfloat16")
+    assert next(half_way.aligned.parameters()).dtype == torch.float32
+    rounded = half_way.encode(images[0], **options)[0].features
+    plain.aligned.scra = half_way.aligned.scra
+    assert relative(rounded, plain.encode(images[0], **options)[0].features) < 5e-2
 
-    aligned = Aligned()
-    aligned.features = openvino.compile_features(aligned.backbone, 96)
-    assert isinstance(aligned.features, openvino.CompiledFeatures)
-    with torch.no_grad():
-        fast = aligned.features(pixels)
-        del aligned.features
-        torch.testing.assert_close(aligned.features(pixels), fast, atol=1e-3, rtol=1e-3)
+
+def test_openvino_is_refused_before_anything_is_loaded(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "none.pth.tar"
+    with pytest.raises(InvalidConfig, match="runtime is"):
+        Segmenter.from_pretrained(path, runtime="onnx")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtra, match=r"opsin\[openvino\]"):
+        Segmenter.from_pretrained(path, runtime="openvino")
+    monkeypatch.setitem(sys.modules, "openvino", ModuleType("openvino"))
+    with pytest.raises(InvalidConfig, match="on the CPU"):
+        Segmenter.from_pretrained(path, runtime="openvino", device="meta")
+    with pytest.raises(InvalidConfig, match="float32 or bfloat16"):
+        Segmenter.from_pretrained(path, runtime="openvino", dtype="float16")
+
+
+def test_the_command_takes_openvino(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def never(ref, **options):
+        asked.append(options)
+        raise InvalidConfig("stop")
+
+    monkeypatch.setattr(Segmenter, "from_pretrained", never)
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32)).save(photo)
+    assert main(["segment", str(photo), "cat, sofa", "--runtime", "openvino", "--dtype", "bfloat16"]) == 2
+    assert main(["segment", str(photo), "cat, sofa"]) == 2
+    assert [options["runtime"] for options in asked] == ["openvino", "torch"]
+    assert asked[0]["dtype"] == "bfloat16"

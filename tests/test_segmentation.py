@@ -404,3 +404,50 @@ def test_memory_of_many_labels_on_a_large_image():
     """All probabilities of 150 labels at 2048×1024 would be 1,200 MB; a decision needs bands of them."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 250
+
+
+PANORAMA = """
+import sys, torch
+from opsin.segmentation import Segmenter
+from pathlib import Path
+def peak():
+    Path("/proc/self/clear_refs").write_text("5")
+    return lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) // 1024
+model = Segmenter.from_pretrained(sys.argv[1], device="cpu")
+model.embed = lambda labels: torch.randn(len(labels.texts), model.aligned.text_dim)
+image = torch.rand(3, 400, 2560)
+before = peak()()
+highest = peak()
+found = model.encode([image])[0].query(["a", "b", "c"], denoise=0)
+assert found.labels.shape == (400, 2560)
+sys.stdout.write(f"{highest() - before} ")
+before = peak()()
+highest = peak()
+assert found.plot(image).size[0] == 2560
+found.save(sys.argv[2])
+sys.stdout.write(str(highest() - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux")
+def test_memory_of_a_panorama(tmp_path):
+    """12 MiB of pixels, 12 of labels and scores; all pairs of 18,816 locations would be 1,350 MiB."""
+    path = checkpoint(tmp_path / "c-radio_tiny_half.pth.tar")
+    arguments = [sys.executable, "-c", PANORAMA, str(path), str(tmp_path / "seg.png")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    answer, picture = map(int, done.stdout.split())
+    assert answer < 200
+    assert picture < 150
+
+
+def test_a_picture_is_painted_in_bands(monkeypatch):
+    from opsin.segmentation import result
+
+    labels = torch.randint(-1, 3, (37, 50), generator=torch.Generator().manual_seed(0))
+    found = Segmentation(labels, torch.rand(37, 50), ("a", "b", "c"), torch.ones(3), "m")
+    whole = np.array(found.plot(noise(20, 30)))
+    monkeypatch.setattr(result, "_BAND", 1)
+    assert np.array_equal(np.array(found.plot(noise(20, 30))), whole)
+    alone = np.array(found.plot())[:37, :50]
+    assert np.array_equal(alone[labels.numpy() == 1], np.tile(result.palette(3)[1], (int((labels == 1).sum()), 1)))

@@ -1,9 +1,6 @@
 """The features of a backbone, compiled by OpenVINO for images of one size: faster on CPUs, optional.
 
-    segmenter.aligned.features = compile_features(segmenter.aligned.backbone, 336)      # windows of 336×336
-    del segmenter.aligned.features                                                      # torch again
-
-Needs the extra ``openvino``.
+``Segmenter.from_pretrained("radseg-b", runtime="openvino")`` does its windows so. Needs the extra ``openvino``.
 """
 
 from __future__ import annotations
@@ -68,16 +65,12 @@ def compile_features(
         MissingExtra: OpenVINO is not installed.  InvalidConfig: another device or dtype.
         UnsupportedSize: no multiples of the patch.  IncompatibleModel: OpenVINO gives other features than torch.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingExtra.of("openvino", "openvino", "compile a backbone") from error
     weight = next(backbone.parameters())
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        raise InvalidConfig("OpenVINO compiles a backbone on the CPU in float32", got=f"{weight.device} {weight.dtype}")
-    precision = resolve_dtype(dtype, weight.device)
-    if precision not in _PRECISIONS:
-        raise InvalidConfig("OpenVINO computes in float32 or bfloat16", got=precision)
+    precision = check(weight.device, dtype)
+    if weight.dtype != torch.float32:
+        raise InvalidConfig("OpenVINO compiles a backbone whose weights are float32", got=weight.dtype)
+    import openvino
+
     height, width = (size, size) if isinstance(size, int) else size
     example = torch.rand((1, 3, height, width), generator=generator(0))
     with torch.no_grad():
@@ -104,6 +97,26 @@ def compile_features(
             remedy='Use dtype="float32", or a larger tolerance, or torch.',
         )
     return found
+
+
+def check(device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
+    """The dtype that OpenVINO is to compute in, before anything is loaded for it.
+
+    Raises:
+        MissingExtra: OpenVINO is not installed.  InvalidConfig: not the CPU, or not float32, bfloat16 or ``"auto"``.
+    """
+    try:
+        import openvino  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra.of("openvino", "openvino", "compile a backbone") from error
+    if device.type != "cpu":
+        raise InvalidConfig(
+            "OpenVINO computes on the CPU", got=str(device), remedy='Say device="cpu", or leave runtime out.'
+        )
+    precision = resolve_dtype(dtype, device)
+    if precision not in _PRECISIONS:
+        raise InvalidConfig("OpenVINO computes in float32 or bfloat16", got=precision)
+    return precision
 
 
 class _Features(nn.Module):

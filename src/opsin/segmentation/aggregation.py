@@ -35,4 +35,14 @@ def aggregate(features: Tensor, scaling: float = 10.0, compat: Literal["publishe
     rows = [
         correlate(unit[i : i + 1], tokens[i : i + 1], scaling, offset) for i, offset in enumerate(means.tolist())
     ]
-    return torch.cat(rows).transpose(1, 2).reshape(batch, dim, h, w)
+    found = rows[0] if batch == 1 else torch.cat(rows)  # a panorama is not copied
+    return found.transpose(1, 2).reshape(batch, dim, h, w)
+
+
+def aggregate_all(
+    maps: list[Tensor], scaling: float = 10.0, compat: Literal["published"] | None = None
+) -> list[Tensor]:
+    """:func:`aggregate` of maps ``(D, h, w)`` of any sizes; as published, those of one size are a batch."""
+    if compat == "published" and len({m.shape for m in maps}) == 1:
+        return list(aggregate(torch.stack(maps), scaling, compat))
+    return [aggregate(m[None], scaling)[0] for m in maps]

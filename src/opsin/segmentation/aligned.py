@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from opsin import backbones, hub
-from opsin.backbones import Backbone, half
+from opsin.backbones import Backbone, half, openvino
 from opsin.backbones.adaptors import Adaptor
 from opsin.backbones.alignment import OWN_SPACE, OwnValues, last_attention, projection_and_scale, take_head
 from opsin.cards import ModelCard, catalogue
-from opsin.errors import IncompatibleModel
+from opsin.errors import IncompatibleModel, InvalidConfig
 from opsin.runtime import to_model
 from opsin.segmentation.attention import SelfCorrelatingAttention
 from opsin.segmentation.vocabulary import Vocabulary, of_text
@@ -70,6 +70,7 @@ class AlignedBackbone(nn.Module):
         parent, attention = last_attention(backbone)
         self._last = (parent, attention, getattr(parent, attention))  # in a tuple: not registered a second time
         self._scra: float | None = None
+        self._compiled: tuple[Any, tuple[int, torch.dtype]] | None = None  # features by OpenVINO; side and dtype
 
     @property
     def name(self) -> str:
@@ -106,6 +107,9 @@ class AlignedBackbone(nn.Module):
     @scra.setter
     def scra(self, scaling: float | None) -> None:
         scaling = scaling or None  # 0 in a card means off
+        if scaling == self._scra:
+            return
+        self._compiled = None
         parent, name, attention = self._last
         if scaling is not None and scaling >= LIMIT:
             attention = OwnValues(attention)
@@ -130,7 +134,28 @@ class AlignedBackbone(nn.Module):
         Raises:
             UnsupportedSize: H or W is no multiple of the patch, or the shape is another.
         """
+        if self._compiled is not None and pixels.device.type == "cpu" and pixels.dtype == torch.float32:
+            return self._compiled[0](pixels)
         return self.backbone(pixels).features
+
+    def use_openvino(self, side: int, dtype: torch.dtype = torch.float32) -> None:
+        """From now on :meth:`features` of square images of ``side`` pixels come from OpenVINO; others from torch.
+
+        Compiling takes some seconds and the memory of another copy of the weights; it happens when side or dtype are
+        others than the last time, or SCRA was changed. Weights that are changed later are not seen.
+
+        Raises:
+            InvalidConfig (no multiple of the patch), and as :func:`opsin.backbones.openvino.compile_features`.
+        """
+        if side < 1 or side % self.patch_size:
+            raise InvalidConfig(
+                f"OpenVINO needs windows of one size, a multiple of {self.patch_size} pixels", got=f"crop={side}",
+                remedy='Say crop=336, stride=224, or take runtime="torch".',
+            )
+        if self._compiled is None or self._compiled[1] != (side, dtype):
+            self._compiled = None  # the memory of the last one is free before another is made
+            found = openvino.compile_features(self.backbone, side, dtype=dtype)
+            self._compiled = found, (side, dtype)
 
     def align(self, tokens: Tensor) -> Tensor:
         """``tokens (..., D)`` of :meth:`features` in the space of words ``(..., E)``, not normalised.

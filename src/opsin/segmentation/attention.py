@@ -17,6 +17,7 @@ from opsin.backbones import half
 from opsin.errors import InvalidConfig
 
 _BLOCK_BYTES = 4 << 20  # of one block of the correlation matrix: it fits the cache, and memory does not grow with N²
+_MIN_ROWS = 64  # fewer at a time, and reading all tokens takes longer than computing with them
 _MAX_SCALING = 60.0  # exp(60), summed over any number of tokens, is within float32 and bfloat16
 
 
@@ -45,7 +46,7 @@ def correlate(unit: Tensor, values: Tensor, scaling: float, offset: float = 0.0)
     out = torch.empty(groups, count, values.shape[2], dtype=values.dtype, device=values.device)
     per_row = count * unit.element_size()
     step = max(1, _BLOCK_BYTES // (per_row * count))  # whole groups where they are small, else rows of one group
-    rows = count if step > 1 else max(1, _BLOCK_BYTES // per_row)
+    rows = count if step > 1 else max(_MIN_ROWS, _BLOCK_BYTES // per_row)
     limits = torch.finfo(unit.dtype)
     # an entry at the offset stays, and so does a token's own: where all tokens are alike, rounding decides otherwise
     cut = min(offset, 1 - 4 * limits.eps) - limits.tiny

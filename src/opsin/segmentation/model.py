@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from opsin import hub
 from opsin import images as im
+from opsin.backbones import openvino
 from opsin.cards import ModelCard
-from opsin.errors import IncompatibleModel, InvalidConfig, UnsupportedSize, check_compat
+from opsin.errors import IncompatibleModel, InvalidConfig, check_compat
 from opsin.geometry import Size
-from opsin.runtime import fast_matmul, to_model
+from opsin.runtime import fast_matmul, resolve_device, to_model
 from opsin.segmentation import aligned as alignment
 from opsin.segmentation import prediction, sam
-from opsin.segmentation.aggregation import aggregate
+from opsin.segmentation.aggregation import aggregate_all
 from opsin.segmentation.aligned import AlignedBackbone
 from opsin.segmentation.attention import check_scaling
 from opsin.segmentation.labels import Labels, as_labels
@@ -69,11 +70,13 @@ class Segmenter(nn.Module):
     """Open-vocabulary segmentation without training (RADSeg, arXiv 2511.19704), on any backbone that knows words.
 
     ``aligned`` is the backbone with its way to the words, ``card`` the defaults, ``refiner`` the decoder of SAM for
-    RADSeg+, loaded when first needed unless given.
+    RADSeg+, loaded when first needed unless given. ``runtime`` is ``"torch"``, or ``"openvino"`` for the windows.
     """
 
     def __init__(self, aligned: AlignedBackbone, card: ModelCard, refiner: SamDecoder | None = None) -> None:
         super().__init__()
+        self.runtime = "torch"
+        self._precision = torch.float32  # of OpenVINO
         self.aligned = aligned
         self.card = card
         self._refiner = [refiner] if refiner is not None else []  # in a list: not a part of the weights
@@ -86,6 +89,7 @@ class Segmenter(nn.Module):
         language: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        runtime: Literal["torch", "openvino"] = "torch",
     ) -> Segmenter:
         """A segmentation model, or a backbone that knows words, ready to segment.
 
@@ -94,17 +98,28 @@ class Segmenter(nn.Module):
                 path of a published ``*_half.pth.tar`` of RADIO.
             language: RADIO's adaptor that leads to words; by default the card's, else the first with a text tower.
             device, dtype: as for ``opsin.load``.
+            runtime: ``"openvino"`` compiles the network for the windows of the first image (some seconds, the memory
+                of a second copy of the weights); on CPUs it is the faster one. Other sizes still run in torch.
 
         Raises:
             UnknownModel, GatedModel, ModelUnavailable, MissingFile, InvalidCheckpoint, IncompatibleModel (no words).
+            MissingExtra (no OpenVINO), InvalidConfig (another runtime; OpenVINO elsewhere than on the CPU).
         """
+        if runtime not in ("torch", "openvino"):
+            raise InvalidConfig('runtime is "torch" or "openvino"', got=repr(runtime))
+        precision = torch.float32
+        if runtime == "openvino":
+            device = resolve_device(device or "cpu")
+            precision, dtype = openvino.check(device, dtype), None
         path = Path(str(ref).removeprefix("dir:")).expanduser()
         card = None if path.is_file() else hub.card_of(ref)
         aligned = alignment.from_pretrained(ref, language=language, device=device, dtype=dtype)
         if card is None or card.kind != "segmentation":
             card = default_card(aligned)
             aligned.scra = card.scra
-        return cls(aligned, card)
+        found = cls(aligned, card)
+        found.runtime, found._precision = runtime, precision
+        return found
 
     @property
     def name(self) -> str:
@@ -134,7 +149,7 @@ class Segmenter(nn.Module):
             longest: shrink images whose longest side is above this many pixels first (labels still have every pixel).
             refine: also compute what RADSeg+ needs, one pass at 1024 pixels.
             batch_size: windows that go together, of whichever image; halved when memory runs out. By default 2 on a
-                CPU, whose caches hold no more, and 16 elsewhere.
+                CPU, whose caches hold no more, and 16 elsewhere and with OpenVINO, which takes them one by one.
             compat: ``"published"`` takes SCGA's mean over all images, and floors the size that SAM sees.
 
         Raises:
@@ -154,18 +169,22 @@ class Segmenter(nn.Module):
         pictures = im.read_images(images)
         if refine:
             _ = self.refiner
+        crop = self.card.crop if crop is None else crop
+        compiled = self.runtime == "openvino"
+        if compiled:
+            self.aligned.use_openvino(crop, self._precision)
         with fast_matmul():
             shown = [p if longest is None or max(p.shape[1:]) <= longest else _shrink(p, longest) for p in pictures]
             maps = sliding_features(
                 shown,
                 self._features,
-                crop=self.card.crop if crop is None else crop,
+                crop=crop,
                 stride=self.card.stride if stride is None else stride,
                 patch=self.aligned.patch_size,
-                batch_size=batch_size or (2 if next(self.aligned.head.parameters()).device.type == "cpu" else 16),
+                batch_size=batch_size or (16 if compiled or self._device.type != "cpu" else 2),
             )
             if scaling:
-                maps = _aggregate(maps, scaling, compat)
+                maps = aggregate_all(maps, scaling, compat)
             found = []
             for picture, features in zip(pictures, maps, strict=True):
                 embedding, fed = self._sam_embedding(picture, compat) if refine else (None, None)
@@ -241,7 +260,8 @@ class Segmenter(nn.Module):
                 compat=compat,
             )  # fmt: skip
             result, scores = finer.labels, finer.scores
-        result = torch.where(result >= len(wanted), prediction.UNKNOWN, result)  # the background phrases
+        if other:
+            result.masked_fill_(result >= len(wanted), prediction.UNKNOWN)
         best = grid[: len(wanted)].flatten(1).amax(1)
         return Segmentation(result, scores, wanted.classes, best, self.name, other)
 
@@ -251,7 +271,7 @@ class Segmenter(nn.Module):
         templates: str | Sequence[str] | None = "imagenet", denoise: float | None = None,
     ) -> Tensor:  # fmt: skip
         """``(C, H, W)`` probabilities of all labels at every pixel, 0 for those left out: mind the memory."""
-        _check_options(size=size, denoise=denoise)
+        prediction.check_options(size=size, denoise=denoise)
         grid = self._probabilities(encoded, as_labels(labels, templates=templates))
         target = encoded.size if size is None else size
         kept = prediction.present(grid, target, self.card.denoise if denoise is None else denoise)
@@ -264,7 +284,7 @@ class Segmenter(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Cosine of every pixel to one phrase ``(H, W)``, in [-1, 1]; what counts as high differs between phrases."""
         self._check(encoded)
-        _check_options(size=size)
+        prediction.check_options(size=size)
         text = self.embed(as_labels([phrase], templates=templates))
         cosine = F.normalize(text, dim=1).to(encoded.words) @ encoded.words.flatten(1)
         return prediction.enlarge(cosine.view(1, *encoded.grid), encoded.size if size is None else size)[0]
@@ -278,7 +298,7 @@ class Segmenter(nn.Module):
         background: str | Sequence[str] | None = None, **options: Any,
     ) -> tuple[Labels, tuple[str, ...], Labels]:  # fmt: skip
         """Labels, what competes with them, and both as one, of the arguments of :meth:`query`, which are checked."""
-        _check_options(**options)
+        prediction.check_options(**options)
         wanted = as_labels(labels, templates=templates)
         other: tuple[str, ...] = OTHER if background is None and len(wanted) == 1 else ()
         if background:
@@ -293,14 +313,22 @@ class Segmenter(nn.Module):
             asked = Labels((*wanted.classes, _BACKGROUND), (*wanted.phrases, other), wanted.templates)
         return wanted, other, asked
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.aligned.head.parameters()).device
+
     def _features(self, pixels: Tensor) -> Tensor:
         found = self.aligned.features(to_model(pixels, self.aligned))
         return found.to(torch.promote_types(found.dtype, torch.float32))  # sums over windows and images need the bits
 
     def _words(self, features: Tensor) -> Tensor:
-        tokens = to_model(features.flatten(1).T, self.aligned.head)
-        words = torch.cat([self.aligned.align(rows) for rows in tokens.split(_ALIGN_ROWS)]).to(features.dtype)
-        return F.normalize(words, dim=1).T.reshape(-1, *features.shape[1:]).contiguous()
+        tokens = features.flatten(1)
+        words = features.new_empty((self.aligned.text_dim, tokens.shape[1]))  # filled in pieces: a panorama is large
+        for start in range(0, tokens.shape[1], _ALIGN_ROWS):
+            rows = slice(start, start + _ALIGN_ROWS)
+            found = self.aligned.align(to_model(tokens[:, rows].T, self.aligned.head)).to(features.dtype)
+            words[:, rows] = F.normalize(found, dim=1).T
+        return words.view(-1, *features.shape[1:])
 
     def _probabilities(self, encoded: SegmentationFeatures, labels: Labels) -> Tensor:
         self._check(encoded)
@@ -315,8 +343,7 @@ class Segmenter(nn.Module):
     def refiner(self) -> SamDecoder:
         """The decoder half of SAM, loaded when first used."""
         if not self._refiner:
-            device = next(self.aligned.head.parameters()).device
-            self._refiner.append(sam.load(self.card.refiner or sam.DEFAULT, device=device))
+            self._refiner.append(sam.load(self.card.refiner or sam.DEFAULT, device=self._device))
         return self._refiner[0]
 
     def _sam_embedding(self, picture: Tensor, compat: Literal["published"] | None) -> tuple[Tensor, Size]:
@@ -346,23 +373,6 @@ def default_card(aligned: AlignedBackbone) -> ModelCard:
     )
 
 
-def _check_options(
-    *, size: Size | None = None, denoise: float | None = None, threshold: float = 0.0, coarse_threshold: float = 0.0,
-    min_area: int = 0, iou_threshold: float = 0.0, compat: Literal["published"] | None = None,
-) -> None:  # fmt: skip
-    """Raise what :meth:`Segmenter.query` raises for options out of range."""
-    check_compat(compat)
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise UnsupportedSize("The result is (H, W), at least one pixel", got=size)
-    for name, value in (("denoise", denoise), ("threshold", threshold), ("coarse_threshold", coarse_threshold)):
-        if value is not None and not 0 <= value <= 1:
-            raise InvalidConfig(f"{name} is a probability in [0, 1]", got=value)
-    if not iou_threshold <= 1:
-        raise InvalidConfig("iou_threshold is at most 1", got=iou_threshold)
-    if not min_area >= 0:
-        raise InvalidConfig("min_area is a number of pixels, not below 0", got=min_area)
-
-
 def _sam_view(encoded: SegmentationFeatures) -> tuple[Tensor, Size]:
     """The embedding for SAM's decoder, and the size at which the image was fed."""
     if encoded.embedding is None or encoded.fed is None:
@@ -376,9 +386,3 @@ def _sam_view(encoded: SegmentationFeatures) -> tuple[Tensor, Size]:
 def _shrink(image: Tensor, longest: int) -> Tensor:
     scale = longest / max(image.shape[1:])
     return im.resize(image, (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[2] * scale))))
-
-
-def _aggregate(maps: list[Tensor], scaling: float, compat: Literal["published"] | None) -> list[Tensor]:
-    if compat == "published" and len({m.shape for m in maps}) == 1:
-        return list(aggregate(torch.stack(maps), scaling, compat))
-    return [aggregate(m[None], scaling)[0] for m in maps]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsin.errors import check_compat
+from opsin.errors import InvalidConfig, UnsupportedSize, check_compat
 from opsin.geometry import Size
 from opsin.segmentation.vocabulary import reduce_synonyms
 
@@ -117,3 +117,20 @@ def enlarge(grid: Tensor, size: Size, kept: Tensor | None = None) -> Tensor:
         for band, values in bands(grid[chosen], size):
             full[chosen, band] = values
     return full
+
+
+def check_options(
+    *, size: Size | None = None, denoise: float | None = None, threshold: float = 0.0, coarse_threshold: float = 0.0,
+    min_area: int = 0, iou_threshold: float = 0.0, compat: Literal["published"] | None = None,
+) -> None:  # fmt: skip
+    """Options of a question, each in its range: ``InvalidConfig`` or ``UnsupportedSize`` where one is not."""
+    check_compat(compat)
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise UnsupportedSize("The result is (H, W), at least one pixel", got=size)
+    for name, value in (("denoise", denoise), ("threshold", threshold), ("coarse_threshold", coarse_threshold)):
+        if value is not None and not 0 <= value <= 1:
+            raise InvalidConfig(f"{name} is a probability in [0, 1]", got=value)
+    if not iou_threshold <= 1:
+        raise InvalidConfig("iou_threshold is at most 1", got=iou_threshold)
+    if not min_area >= 0:
+        raise InvalidConfig("min_area is a number of pixels, not below 0", got=min_area)

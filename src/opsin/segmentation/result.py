@@ -15,10 +15,12 @@ from torch import Tensor
 
 from opsin.errors import InputError, InvalidConfig, MissingExtra, near_misses
 from opsin.hub import atomic_path
-from opsin.images import ImageSource, read_image, resize, to_pil
+from opsin.images import ImageSource, read_image, resize
 
 if TYPE_CHECKING:
     from PIL import Image
+
+_BAND = 1 << 20  # pixels that are painted at a time
 
 
 def palette(count: int) -> np.ndarray:
@@ -70,6 +72,9 @@ class Segmentation:
         shares = zip(self.classes, counts.tolist(), strict=True)
         return dict(sorted(((n, s) for n, s in shares if s > 0), key=lambda item: -item[1]))
 
+    def _unknown(self) -> float:
+        return int((self.labels < 0).sum()) / self.labels.numel()
+
     def to_numpy(self) -> dict[str, np.ndarray]:
         """``labels`` and ``scores`` as arrays."""
         return {"labels": self.labels.cpu().numpy(), "scores": self.scores.detach().float().cpu().numpy()}
@@ -82,7 +87,7 @@ class Segmentation:
             "model": self.model,
             "size": list(self.size),
             "classes": {n: {"share": round(shares.get(n, 0.0), 6), "best": round(best[n], 6)} for n in self.classes},
-            "unknown": round(float((self.labels < 0).float().mean()), 6),
+            "unknown": round(self._unknown(), 6),
             "background": list(self.background),
             **self.details,
         }
@@ -91,7 +96,7 @@ class Segmentation:
         """Palette picture: 0 is unknown, ``i + 1`` is class ``i``; from 256 classes on 16 bits without a palette."""
         from PIL import Image
 
-        values = (self.labels + 1).cpu().numpy()
+        values = self.labels.to(torch.int32).add_(1).cpu().numpy()
         if len(self.classes) > 255:
             return Image.fromarray(values.astype(np.uint16))
         picture = Image.fromarray(values.astype(np.uint8))
@@ -118,13 +123,21 @@ class Segmentation:
         from PIL import Image
 
         colours = torch.from_numpy(palette(len(self.classes))).float() / 255
-        where = (self.labels >= 0).cpu()
-        flat = colours[self.labels.cpu().clamp(min=0)].permute(2, 0, 1) * where
-        if image is not None:
-            under = read_image(image)
-            under = under if under.shape[1:] == self.size else resize(under, self.size)
-            flat = torch.where(where, under * (1 - opacity) + flat * opacity, under * 0.6)
-        picture, legend = to_pil(flat), self._legend()
+        height, width = self.size
+        under = None if image is None else read_image(image)
+        if under is not None and under.shape[1:] != self.size:
+            under = resize(under, self.size)
+        painted = np.empty((height, width, 3), np.uint8)
+        step = max(1, _BAND // width)
+        for rows in (slice(top, top + step) for top in range(0, height, step)):
+            labels = self.labels[rows].cpu()
+            known = (labels >= 0)[..., None]
+            flat = colours[labels.clamp(min=0)] * known
+            if under is not None:
+                below = under[:, rows].permute(1, 2, 0)
+                flat = torch.where(known, below * (1 - opacity) + flat * opacity, below * 0.6)
+            painted[rows] = (flat.clamp(0, 1) * 255).round().byte().numpy()
+        picture, legend = Image.fromarray(painted), self._legend()
         sheet = Image.new("RGB", (max(picture.width, legend.width), picture.height + legend.height), "white")
         sheet.paste(picture, (0, 0))
         sheet.paste(legend, (0, picture.height))
@@ -136,7 +149,7 @@ class Segmentation:
         font = ImageFont.load_default(14)
         shares, colours = self.areas(), palette(len(self.classes))
         entries = [(f"{n} {100 * s:.1f} %", tuple(colours[self.classes.index(n)].tolist())) for n, s in shares.items()]
-        unknown = float((self.labels < 0).float().mean())
+        unknown = self._unknown()
         entries += [(f"unknown {100 * unknown:.1f} %", (90, 90, 90))] if unknown else []
         widths = [int(font.getlength(text)) + 34 for text, _ in entries]
         limit = max([self.size[1], *widths])

@@ -76,8 +76,9 @@ def sliding_features(
         if index not in resized:  # windows come image by image, so few resized images are alive at a time
             resized.clear()
             image = images[index]
-            same = image.shape[-2:] == plans[index].size
-            resized[index] = image if same else F.interpolate(image[None], plans[index].size, mode="bilinear")[0]
+            if image.shape[-2:] != plans[index].size:  # by channel: torch copies an image of several thrice
+                image = F.interpolate(image[:, None], plans[index].size, mode="bilinear")[:, 0]
+            resized[index] = image
         height, width = plans[index].window
         return resized[index][:, y : y + height, x : x + width]
 
@@ -96,7 +97,7 @@ def sliding_features(
     for size in dict.fromkeys(p.window for p in plans):
         keys = [(i, start) for i, p in enumerate(plans) if p.window == size for start in p.starts]
         in_batches(run, keys, batch_size)
-    return [total / _hits(p, patch).to(total) for total, p in zip(sums, plans, strict=True) if total is not None]
+    return [total.div_(_hits(p, patch).to(total)) for total, p in zip(sums, plans, strict=True) if total is not None]
 
 
 @lru_cache(maxsize=64)
