@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,6 +293,21 @@ def test_supervision_is_an_extra(monkeypatch):
         found.to_supervision()
 
 
+def test_what_supervision_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", SimpleNamespace(Detections=lambda **given: given))
+    labels = torch.tensor([[2, 0, 0], [-1, 0, -1]])
+    scores = torch.tensor([[0.5, 0.2, 0.4], [0.9, 0.6, 0.9]])
+    given = Segmentation(labels, scores, ("a", "b", "c"), torch.ones(3), "m").to_supervision()
+    assert given["class_id"].tolist() == [0, 2]
+    assert given["data"]["class_name"].tolist() == ["a", "c"]
+    assert given["xyxy"].tolist() == [[1, 0, 3, 2], [0, 0, 1, 1]]
+    assert np.array_equal(given["mask"], np.stack([labels.numpy() == 0, labels.numpy() == 2]))
+    np.testing.assert_allclose(given["confidence"], [0.4, 0.5])
+    empty = Segmentation(torch.full((2, 3), -1), scores, ("a",), torch.ones(1), "m").to_supervision()
+    assert empty["xyxy"].shape == (0, 4)
+    assert empty["mask"].shape == (0, 2, 3)
+
+
 def test_the_snippets_of_radseg_run(model):
     """The two ways in which its README is used: attributes set afterwards, and arguments."""
     labels = ["sky", "grass", "cat", "tree"]
@@ -312,6 +328,7 @@ def test_the_snippets_of_radseg_run(model):
     torch.testing.assert_close(again.encode_image_to_feat_map(batch), probabilities)
     assert torch.equal(again.encode_labels(["cat"]), F.one_hot(torch.tensor([3]), 5).float())
     assert again.cat_index_to_name[3] == "cat"
+    assert torch.equal(encoder.encode_prompts(["a grey cat"]), model.embed(as_labels(["a grey cat"], templates=None)))
     plain = RADSegEncoder(model_version=model)
     features = plain.encode_image_to_feat_map(batch)
     aligned = plain.align_spatial_features_with_language(features)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from opsin.backbones.adaptors import Adaptor
 from opsin.cards import ModelCard, catalogue, find
 from opsin.errors import IncompatibleModel, InvalidConfig, UnsupportedSize
-from opsin.segmentation import aligned
+from opsin.segmentation import Segmenter, aligned
 from opsin.segmentation.aligned import AlignedBackbone
 from opsin.segmentation.labels import as_labels
 from tests.conformance import aligned_tiny
@@ -390,3 +390,13 @@ def test_words_and_patches_meet_in_one_space(kind: str, tmp_path: Path, monkeypa
     torch.testing.assert_close(rows, torch.nn.functional.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
     patches = backbone.align(backbone.features(noise(1, 3, 24, 24)).flatten(2).mT)
     assert (patches @ rows.T).shape == (1, 9, 2)
+    model = Segmenter.from_pretrained(tmp_path / "model", device="cpu")  # the same door as for RADIO
+    found = model.segment(noise(3, 50, 70), "cat, sofa", templates=None, denoise=0)
+    assert found.size == (50, 70)
+    assert found.labels.min() >= 0
+    model.aligned.scra = 10.0
+    windows = model.encode(noise(3, 50, 70), crop=24, stride=16, scga=10.0)[0]
+    assert windows.grid == (8, 10)
+    whole = windows.query("cat, sofa", templates=None, size=windows.grid, denoise=0)
+    cosine = torch.einsum("ehw,qe->qhw", windows.words, torch.nn.functional.normalize(rows, dim=1))
+    assert torch.equal(whole.labels, cosine.argmax(0))

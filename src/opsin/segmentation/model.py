@@ -33,7 +33,7 @@ Words = str | Sequence[str] | Mapping[str, Sequence[str]] | Labels
 # What competes with a single label when nothing else is named: the canonical phrases of LERF (arXiv 2303.09553).
 OTHER = ("object", "things", "stuff", "texture")
 _BACKGROUND = "(background)"
-_ALIGN_ROWS = 4096  # locations that go through the head to the words at a time
+_ALIGN_ROWS = 512  # locations that go through the head to the words at a time
 
 
 @dataclass(frozen=True, eq=False)
