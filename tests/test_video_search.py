@@ -56,7 +56,8 @@ def test_the_second_question_encodes_no_frame_again(model, frames):  # noqa: F81
 
 def test_questions_together_give_what_they_give_alone(model, frames, encodings):  # noqa: F811
     queries = [{"image": thing()}, {"frame": 24, "box": box_at(24)}, {"image": thing(), "before": 20}]
-    with VideoSearch(frames, model=model, rate=15, tracker="template", keep=False) as search:
+    once = preset("template", rounds=1)
+    with VideoSearch(frames, model=model, preset=once, rate=15, tracker="template", keep=False) as search:
         together = search.locate_all(queries)
         assert search.store.encoded == 21, "one pass"
         assert len(search.store) == 0

@@ -62,7 +62,8 @@ class VideoSearch:
         rate: frames searched per second; None searches every frame. A track has every frame in either case.
         duration: only the first so many seconds are searched. A live source needs it: it is recorded that long.
         cache: folder that keeps the encoded frames for another time; None keeps them until the search is closed.
-        keep: False keeps nothing: for a single question, or questions asked together.
+        keep: False keeps nothing, for a single question or questions asked together: only further rounds, which look at
+            what comes after a track, then encode that again.
         size: side of the square model input; None is the preset's choice.
         tokens: for ``"template"``: ``"features"`` of the backbone, ``"pred"`` or ``"proj"`` region tokens of a dense
             grid of prompts, or ``"both"``, features and pred. docs/benchmarks.md compares them.
