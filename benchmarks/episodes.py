@@ -31,7 +31,8 @@ def main() -> int:
         track = locate(frames, image=crop, tracker="template")
         truth, answer = BoxTrack.of(episode.response), as_boxes(track)
         with tempfile.TemporaryDirectory() as folder:
-            sheet = Image.open(render.contact_sheet(frames, track, Path(folder) / "sheet.png", query=crop)).convert("RGB")
+            path = render.contact_sheet(frames, track, Path(folder) / "sheet.png", query=crop)
+            sheet = Image.open(path).convert("RGB")
         sheet.thumbnail((WIDTH, WIDTH))
         sheet.save(IMAGES / f"episode-{name}.jpg", quality=80)
         span = (int(truth.frames[0]), int(truth.frames[-1]))

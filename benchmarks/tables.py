@@ -258,9 +258,9 @@ def stages(r: dict[str, Any]) -> str:
     taken = r["seconds"]
     rows = [[n, *(measured(r["methods"][n][k]) for k in keys), f"{taken[n]:.0f} s"] for n in r["stages"]]
     note = (
-        f"{r['model']}, tracker {r['tracker']}, {r['episodes']} episodes; every row adds a stage to the row above. Frames "
-        f"are encoded once ({taken['encoding']:.0f} s), and the time is what each row takes after that. 95 % intervals "
-        "over 6 videos."
+        f"{r['model']}, tracker {r['tracker']}, {r['episodes']} episodes; every row adds a stage to the row above. "
+        f"Frames are encoded once ({taken['encoding']:.0f} s), and the time is what each row takes after that. "
+        "95 % intervals over 6 videos."
     )
     title = f"Stages of {r['preset'] if isinstance(r['preset'], str) else r['preset']['name']}"
     return section(title, note, table(["", *keys, "time"], rows))

@@ -30,6 +30,12 @@ class Crop:
         """Points ``(..., 2)`` or boxes ``(..., 4)`` of the whole → pixels of the crop, possibly outside of it."""
         return self.transform.to_canvas(places.unflatten(-1, (-1, 2))).flatten(-2)
 
+    def cut(self, mask: Tensor) -> Tensor:
+        """The part of a mask ``(H, W)`` of the whole that the crop shows, as large as the crop, by nearest pixel."""
+        x1, y1, x2, y2 = self.window
+        part = mask[None, None, y1:y2, x1:x2].float()
+        return F.interpolate(part, self.transform.canvas, mode="nearest")[0, 0].bool()
+
     def to_whole(self, places: Tensor) -> Tensor:
         """Points ``(..., 2)`` or boxes ``(..., 4)`` of the crop → pixels of the whole."""
         return self.transform.to_original(places.unflatten(-1, (-1, 2))).flatten(-2)

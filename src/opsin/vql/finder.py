@@ -98,15 +98,20 @@ class TokenFinder:
         return refined
 
     def expanded(self, reader: VideoReader, track: Sequence[Step]) -> TokenFinder:
-        """Stage 6: tokens of the track that are like the object, from sharp frames that show it large enough."""
-        table = {s.frame: s for s in track}
+        """Stage 6: tokens of the track that are like the object, from sharp frames that show it large enough.
+
+        Frames are spread over the track, and each has one mask, which serves all magnifications.
+        """
+        spots = torch.linspace(0, len(track) - 1, min(len(track), self.preset.expansion_frames)).round().long()
+        table = {track[i].frame: track[i] for i in spots.tolist()}
         tokens, moments, usable = [], [], []
         for frames in in_chunks(reader.frames(indices=list(table)), BATCH):
             for frame in frames:
                 box = table[frame.index].box
                 usable.append(worth_learning(frame.image, box, self.preset))
                 if usable[-1]:
-                    seen = magnified(self.source, self.masks, [frame.image.float() / 255], [box], self.preset)
+                    picture = frame.image.float() / 255
+                    seen = magnified(self.source, self.masks, [picture], [box], self.preset, once=True)
                     tokens.append(seen)
                     moments += [len(usable) - 1] * len(seen)
         if not moments:
@@ -151,17 +156,23 @@ def object_tokens(
 
 
 def magnified(
-    source: TokenSource, masks: ObjectMasks, pictures: Sequence[Tensor], boxes: Sequence[Tensor], preset: Preset
-) -> Tensor:
+    source: TokenSource, masks: ObjectMasks, pictures: Sequence[Tensor], boxes: Sequence[Tensor], preset: Preset, *,
+    once: bool = False,
+) -> Tensor:  # fmt: skip
     """Tokens ``(Q, D)`` of the object in ``boxes``, one for every magnification that differs.
 
+    Every crop has a mask of its own, which is sharper for small objects, or ``once`` the part of one mask per picture.
     An object too small for any point of the grid has the token of the nearest one.
     """
     tokens: list[Tensor] = []
     for picture, box in zip(pictures, boxes, strict=True):
         crops = zoom(picture, box, preset.query_factors)
         inside = [c.to_crop(box) for c in crops]
-        shapes = masks_in(masks, [c.picture for c in crops], inside)
+        if once:
+            whole = masks_in(masks, [picture], [box])[0]
+            shapes = [c.cut(whole) for c in crops]
+        else:
+            shapes = masks_in(masks, [c.picture for c in crops], inside)
         answers = source.tokens([c.picture for c in crops])
         found = [choose(m, a.points, a.tokens) for a, m in zip(answers, shapes, strict=True)]
         tokens += [t for t in found if t is not None] or [nearest(answers[-1], centre(inside[-1]))]

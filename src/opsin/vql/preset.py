@@ -31,8 +31,8 @@ class Preset:
     Tracking (5): ``first`` whether the best candidate is tracked or the last one; ``threshold`` least score of an
     answer, below which nothing is found; ``window`` frames followed at most each way.
 
-    Expansion (6): ``expansion_threshold`` similarity to the query above which tokens of the track join it;
-    ``expansion_min_side`` pixels that the box's shorter side must exceed; ``expansion_sharpness`` least variance of the
+    Expansion (6): ``expansion_frames`` frames of the track that are looked at, at most; ``expansion_threshold``
+    similarity to the query above which tokens of the track join it; ``expansion_min_side`` pixels that the box's shorter side must exceed; ``expansion_sharpness`` least variance of the
     Laplacian of the frame, grey in [0, 255].
 
     Second round (7): ``second_threshold`` least refined score of a later occurrence; ``second_share`` share of the
@@ -56,6 +56,7 @@ class Preset:
     first: Literal["best", "last"] = "best"
     threshold: float = 0.6
     window: int = 500
+    expansion_frames: int = 24
     expansion_threshold: float = 0.5
     expansion_min_side: float = 10.0
     expansion_sharpness: float = 100.0
@@ -87,7 +88,7 @@ class Preset:
             raise InvalidConfig("video_overlap lies in [0, 1)", got=self.video_overlap)
         if not 1 <= self.crop_margin < float("inf"):
             raise InvalidConfig("crop_margin is a finite number of at least 1", got=self.crop_margin)
-        for name in ("top_k", "window", "rounds"):
+        for name in ("top_k", "window", "rounds", "expansion_frames"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InvalidConfig(f"{name} is a whole number of at least 1", got=value)
@@ -100,7 +101,8 @@ class Preset:
 
 # Source: the configuration of the published REN-VQL, and the two values fixed in its code (match_threshold,
 # suppression). A refinement_min_score of 0.6 stands there as well, but nothing in it reads that, so that it always
-# finds something; here it is the threshold of an answer, and threshold=-1 is what the published code does.
+# finds something; here it is the threshold of an answer, and threshold=-1 is what the published code does. It
+# also expands by every frame of a track.
 #
 # "template": measured with opsin-tiny on 18 episodes cut from 6 tracking videos (a crop as query, 5 frames a second),
 # and on the same films without the frames of the object's own video. Threshold: found with the object there; "found"
