@@ -32,8 +32,8 @@ class Preset:
     answer, below which nothing is found; ``window`` frames followed at most each way.
 
     Expansion (6): ``expansion_frames`` frames of the track that are looked at, at most; ``expansion_threshold``
-    similarity to the query above which tokens of the track join it; ``expansion_min_side`` pixels that the box's shorter side must exceed; ``expansion_sharpness`` least variance of the
-    Laplacian of the frame, grey in [0, 255].
+    similarity to the query above which tokens of the track join it; ``expansion_min_side`` pixels that the box's
+    shorter side must exceed; ``expansion_sharpness`` least variance of the Laplacian of the frame, grey in [0, 255].
 
     Second round (7): ``second_threshold`` least refined score of a later occurrence; ``second_share`` share of the
     first track's score that it must exceed. ``rounds`` of search at most, 1 leaves expansion out.
