@@ -118,7 +118,7 @@ def _to_unit(array: Tensor) -> Tensor:
     if array.dtype == torch.bool:
         return array.float()
     if not array.dtype.is_floating_point:
-        return array.float() / {torch.uint8: 255.0, torch.uint16: 65535.0}.get(array.dtype, 255.0)
+        return array.float().div_({torch.uint8: 255.0, torch.uint16: 65535.0}.get(array.dtype, 255.0))
     array = array.float()
     if array.numel() and not (
         bool(torch.isfinite(array).all()) and float(array.min()) >= -1e-3 and float(array.max()) <= 1 + 1e-3
