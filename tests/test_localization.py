@@ -210,6 +210,27 @@ def test_following_bridges_a_short_loss_and_stops_at_a_long_one():
     assert [s.frame for s in steps] == [1], "what is lost at the end of the video is not claimed"
 
 
+def test_following_ends_at_a_cut_unless_the_object_is_plain_behind_it():
+    def walked(score):
+        box = torch.tensor([10.0, 10, 20, 20])
+        shades = [60, 65, 60, 200, 205, 200]
+        frames = [
+            VideoFrame(i + 1, (i + 1) / 10, torch.full((3, 50, 50), v, dtype=torch.uint8)) for i, v in enumerate(shades)
+        ]
+        scores = [0.9, 0.9, 0.9, score, score, score]
+
+        def measure(chunk):
+            return [lambda sides, near, s=scores[f.index - 1]: mt.Found(box, s, s) for f in chunk]
+
+        start = tr.Step(0, 0.0, box, 1.0)
+        seen = tr.glance(frames[0].image)
+        steps = tr.follow([frames[:4], frames[4:]], measure, start, 0.4, torch.tensor([10.0, 10]), seen)
+        return [s.frame for s in steps]
+
+    assert walked(0.6) == [1, 2, 3], "enough without a cut, not behind one"
+    assert walked(0.9) == [1, 2, 3, 4, 5, 6]
+
+
 def test_join_is_contiguous_and_interpolates_unreadable_frames():
     def step(n, x):
         return tr.Step(n, n / 10, torch.tensor([x, 0.0, x + 10, 10]), 0.8)

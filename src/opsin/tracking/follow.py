@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from opsin.errors import InvalidPrompt
 from opsin.geometry import Size, check_box
@@ -15,30 +16,40 @@ from opsin.tracking.base import Step
 from opsin.tracking.matching import Found
 from opsin.video import VideoFrame, VideoReader
 
+# Mean difference of two glances. Over 1,364 pairs of neighbouring frames and 42 cuts of real videos at full rate, the
+# largest without a cut was 0.11, the least with one 0.15 (but for a cut between two like pictures).
+CUT = 0.14
+AFTER_CUT = 1.9  # times the score that is enough without one
 PATIENCE = 4  # frames without the object before it counts as gone
 SCALE_STEPS = (0.9, 1.0, 1.11)
 REACH = 1.0  # how far the centre may move between frames, in box sides
 CHUNK_SECONDS = 1.0
 
-__all__ = ["Measure", "Step", "backwards", "check_seed", "follow", "forwards", "join", "size_at", "smooth"]
+__all__ = ["Measure", "Step", "backwards", "check_seed", "follow", "forwards", "glance", "join", "size_at", "smooth"]
 
 Measure = Callable[[Sequence[VideoFrame]], list[Callable[[Tensor, Tensor | None], Found]]]
 
 
 def follow(
-    frames: Iterable[list[VideoFrame]], measure: Measure, start: Step, keep: float, natural: Tensor
-) -> list[Step]:
+    frames: Iterable[list[VideoFrame]], measure: Measure, start: Step, keep: float, natural: Tensor,
+    seen: Tensor | None = None,
+) -> list[Step]:  # fmt: skip
     """Boxes on consecutive ``frames`` (chunks, in walking order) from ``start`` on, which is left out of the result.
 
     ``measure`` encodes a chunk and answers, per frame, ``find(sides, near)``. The walk ends when ``PATIENCE`` frames
-    in a row score under ``keep``; those are dropped again. A box stays within a factor of 2 of ``natural (2,)``, the
-    object's usual width and height.
+    in a row score under ``keep``; those are dropped again. It ends at a cut behind which the object is not plain: what
+    merely resembles it a little there is another thing. A box stays within a factor of 2 of ``natural (2,)``, the
+    object's usual width and height. ``seen``: ``glance`` of the picture where the walk starts.
     """
     steps: list[Step] = []
     box, misses = start.box, 0
     for chunk in frames:
         for frame, find in zip(chunk, measure(chunk), strict=True):
             found = find(_sides(box, natural), _near(box, REACH * (1 + misses)))
+            last, seen = seen, glance(frame.image)
+            cut = last is not None and float((seen - last).abs().mean()) > CUT
+            if cut and found.score < AFTER_CUT * keep:
+                break
             if found.score < keep:
                 misses += 1
                 steps.append(Step(frame.index, frame.time, box, float("nan")))
@@ -48,7 +59,15 @@ def follow(
             misses = 0
             box = 0.5 * box + 0.5 * found.box if _close(box, found.box) else found.box
             steps.append(Step(frame.index, frame.time, box, found.score))
+        else:
+            continue
+        break
     return steps[: len(steps) - misses]
+
+
+def glance(image: Tensor) -> Tensor:
+    """A picture ``(3, H, W)`` uint8 at its coarsest, in [0, 1]: what stays alike from frame to frame but for a cut."""
+    return F.interpolate(image[None].float() / 255, (12, 16), mode="area")[0]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -20,7 +20,7 @@ from opsin.geometry import check_box, check_points
 from opsin.images import unfit
 from opsin.tracking.base import Step, pairs
 from opsin.tracking.descriptors import DenseTokens
-from opsin.tracking.follow import backwards, check_seed, follow, forwards, join, size_at
+from opsin.tracking.follow import backwards, check_seed, follow, forwards, glance, join, size_at
 from opsin.tracking.masks import component_at, largest_component
 from opsin.tracking.matching import Found, Template
 from opsin.video import VideoFrame, VideoReader
@@ -66,8 +66,9 @@ class TemplateTracker:
         def measure(chunk: Sequence[VideoFrame]) -> list[Callable[[Tensor, Tensor | None], Found]]:
             return [partial(template.best, dense) for dense in self.encode([f.image for f in chunk])]
 
-        after = follow(forwards(reader, seed.time, stop), measure, seed, keep, natural)
-        before = follow(backwards(reader, seed.time, start), measure, seed, keep, natural)
+        seen = next((glance(f.image) for f in reader.frames(indices=[seed.frame])), None)
+        after = follow(forwards(reader, seed.time, stop), measure, seed, keep, natural, seen)
+        before = follow(backwards(reader, seed.time, start), measure, seed, keep, natural, seen)
         return join(before, seed, after)
 
 
