@@ -43,12 +43,13 @@ def as_boxes(track: Track) -> BoxTrack:
 
 
 def stages(whole: Preset) -> dict[str, Preset]:
-    """A preset built up: every row adds one stage to the row before. What a preset leaves out, such as refinement in
-    ``"template"``, has a row too."""
+    """A preset built up: every row adds one stage to the row before. What it leaves out, such as refinement in
+    ``"template"``, comes last, after the row that is the preset itself."""
     steps: dict[str, dict[str, Any]] = {"selection alone": {"refine": False, "first": "best", "rounds": 1}}
     if whole.first == "last":
         steps["+ the last candidate, not the best"] = {"first": "last"}
-    steps |= {"+ refinement": {"refine": True}, "+ second round": {"rounds": max(2, whole.rounds)}}
+    more = {"+ refinement": {"refine": True}, "+ further rounds": {"rounds": max(2, whole.rounds)}}
+    steps |= more if whole.refine else dict(reversed(more.items()))
     rows: dict[str, Preset] = {}
     for name, values in steps.items():
         rows[name] = whole = preset_of(whole, **values)
