@@ -63,7 +63,8 @@ def main() -> int:
                 "--data",
                 str(args.quality),
                 "--out",
-                str(HERE / "quality" / f"{measure}.json"),
+                str(HERE / "quality" / ("stages-template.json" if measure == "locate" else f"{measure}.json")),
+                *(("--ablation", "--tracker", "template") if measure == "locate" else ()),
             ]
             if opsin_command(["eval", measure, *words]):
                 return 1

@@ -241,29 +241,21 @@ def groupings(r: dict[str, Any]) -> str:
     return section("Grouping against people", note, table(head, rows))
 
 
-def locate(r: dict[str, Any]) -> str:
-    """Visual queries."""
-    keys = ("success", "stAP@0.25", "tAP@0.25", "recovery")
-    rows = [[n, *(measured(v[k]) for k in keys), f"{v['answered']:.2f}"] for n, v in r["methods"].items()]
-    note = (
-        f"{r['model']}: {r['episodes']} episodes of {r['videos']} videos, {r['frames']} frames. 95 % intervals. "
-        "Template matching: normalised cross-correlation at five sizes, its threshold chosen on the other videos."
-    )
-    return section("Visual queries", note, table(["", *keys, "answered"], rows))
-
-
 def stages(r: dict[str, Any]) -> str:
     """What every stage of a way of searching adds."""
     keys = ("success", "stAP@0.25", "tAP@0.25", "recovery")
     taken = r["seconds"]
-    rows = [[n, *(measured(r["methods"][n][k]) for k in keys), f"{taken[n]:.0f} s"] for n in r["stages"]]
+    rows = [
+        [n, *(measured(v[k]) for k in keys), f"{v['answered']:.2f}", f"{taken[n]:.0f} s" if n in taken else ""]
+        for n, v in r["methods"].items()
+    ]
     note = (
-        f"{r['model']}, tracker {r['tracker']}, {r['episodes']} episodes; every row adds a stage to the row above. "
-        f"Frames are encoded once ({taken['encoding']:.0f} s), and the time is what each row takes after that. "
-        "95 % intervals over 6 videos."
+        f"{r['model']}, tracker {r['tracker']}, {r['episodes']} episodes of {r['videos']} videos, {r['frames']} "
+        f'frames; every row adds a stage to the row above, "{r["as_given"]}" is the preset. Frames are encoded once '
+        f"({taken['encoding']:.0f} s), and the time is what each row takes after that. 95 % intervals over videos. "
+        "Template matching: normalised cross-correlation at five sizes, its threshold chosen on the other videos."
     )
-    title = f"Stages of {r['preset'] if isinstance(r['preset'], str) else r['preset']['name']}"
-    return section(title, note, table(["", *keys, "time"], rows))
+    return section(f"Visual queries: {r['preset']}", note, table(["", *keys, "answered", "time"], rows))
 
 
 SPEED = {
@@ -275,7 +267,7 @@ SPEED = {
     "segmentation": segmentation,
     "codec": codec,
 }
-QUALITY = {"retrieval": retrieval, "grouping": groupings, "locate": locate}
+QUALITY = {"retrieval": retrieval, "grouping": groupings}
 
 
 def document(results: dict[str, Any], quality: dict[str, Any]) -> str:
