@@ -48,7 +48,9 @@ def stages(whole: Preset) -> dict[str, Preset]:
     steps: dict[str, dict[str, Any]] = {"selection alone": {"refine": False, "first": "best", "rounds": 1}}
     if whole.first == "last":
         steps["+ the last candidate, not the best"] = {"first": "last"}
-    more = {"+ refinement": {"refine": True}, "+ further rounds": {"rounds": max(2, whole.rounds)}}
+    more: dict[str, dict[str, Any]] = {
+        "+ refinement": {"refine": True}, "+ further rounds": {"rounds": max(2, whole.rounds)},
+    }  # fmt: skip
     steps |= more if whole.refine else dict(reversed(more.items()))
     rows: dict[str, Preset] = {}
     for name, values in steps.items():
