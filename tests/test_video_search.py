@@ -21,6 +21,7 @@ from opsin.tracking.base import Step
 from opsin.video import open_video
 from opsin.vql.preset import preset
 from opsin.vql.store import TokenStore, identity, open_store
+from tests.conformance import sam2_tiny
 from tests.test_localization import COUNT, box_at, encoded, film, frames, model, quality, thing  # noqa: F401 - fixtures
 
 
@@ -280,6 +281,22 @@ def test_tokens_thinned_to_one_question_find_the_same(model, frames):  # noqa: F
             tracks.append(search.locate(**asked))
     assert torch.equal(tracks[0].timeline, tracks[1].timeline)
     assert float(box_iou(tracks[0].boxes[:1], tracks[1].boxes[:1])) == 1
+
+
+def test_sam2_gives_masks_and_tracks(model, frames, tmp_path):  # noqa: F811
+    """The whole way with SAM 2, tiny and random: masks of the query and of candidates, refinement, track, second round."""
+    folder = sam2_tiny.save(tmp_path / "sam2")
+    way = preset("ren-vql", threshold=-1, second_threshold=-1, second_share=0.0, expansion_sharpness=0.0)
+    with VideoSearch(frames, model=model, preset=way, tracker=f"dir:{folder}", rate=6) as search:
+        assert search.engine.masks is search.tracker.masks, "one set of weights"
+        track = search.locate(frame=25, box=box_at(25), search="all")
+        template = search.locate(image=thing())
+    for found in (track, template):
+        assert found.found
+        assert found.details["tracker"] == f"dir:{folder}"
+        assert bool((found.boxes[:, 2:] > found.boxes[:, :2]).all())
+    with VideoSearch(frames, model=model, tracker=f"dir:{folder}", rate=6) as search:
+        assert search.locate(image=thing(), threshold=-9).details["preset"] == "template"
 
 
 def test_details_are_json(model, frames):  # noqa: F811
