@@ -81,6 +81,13 @@ def test_a_cache_outlives_the_search(model, frames, tmp_path):  # noqa: F811
         assert len(search.store) == 0, "another rate is another set of frames"
     with VideoSearch(frames[:30], model=model, rate=15, tracker="template", cache=tmp_path) as search:
         assert len(search.store) == 0, "another video"
+    weight = next(model.backbone.parameters())
+    weight.add_(1e-3)
+    try:
+        with VideoSearch(frames, model=model, rate=15, tracker="template", cache=tmp_path) as search:
+            assert len(search.store) == 0, "other weights under the same name"
+    finally:
+        weight.sub_(1e-3)
     with pytest.raises(InvalidConfig, match="a file, a folder or a list"):
         VideoSearch(film(), model=model, cache=tmp_path)
 

@@ -30,7 +30,7 @@ from opsin.vql.finder import TokenFinder, encode_views
 from opsin.vql.pipeline import Outcome, scan, search
 from opsin.vql.preset import Preset
 from opsin.vql.preset import preset as preset_of
-from opsin.vql.store import Shot, TokenStore, identity, open_store
+from opsin.vql.store import Shot, TokenStore, identity, made_by, open_store
 
 if TYPE_CHECKING:
     from opsin.video import VideoReader
@@ -85,7 +85,7 @@ class VideoSearch:
         chosen = None if preset is None else preset_of(preset)
         self._stack = ExitStack()
         try:
-            name = {} if cache is None else identity(video)
+            kept = {} if cache is None else identity(video)
             self.reader: VideoReader = self._stack.enter_context(recorded(video, duration))
             self.model = models.load(model, device=device, dtype=dtype) if isinstance(model, (str, Path)) else model
             self.preset = chosen or preset_of(default_preset(self.model))
@@ -93,7 +93,8 @@ class VideoSearch:
             self.tracker = tracker_of(tracker, device=device, dtype=dtype, window=self.preset.window)
             self.engine = engine_of(self.model, self.preset, self.tracker, size, tokens)
             folder = Path(cache) if cache is not None else Path(self._temporary()) if keep else None
-            key = {**name, **self.engine.key}
+            kept |= {} if cache is None else made_by(self.model)
+            key = {**kept, **self.engine.key}
             self.store = open_store(self.reader, self.engine.encode, key, rate=rate, cache=folder)
         except BaseException:
             self._stack.close()
